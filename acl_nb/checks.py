@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BadInput', 'require', 'choose']
 
-# %% ../nbs/00_checks.ipynb #1c121270
+# %% ../nbs/00_checks.ipynb #f66e8c8b
 from difflib import get_close_matches
 
-# %% ../nbs/00_checks.ipynb #67253b26
+# %% ../nbs/00_checks.ipynb #f7919534
 class BadInput(ValueError):
     "An argument, a file or a setting breaks a stated rule; the message is one sentence for the user."
 
-# %% ../nbs/00_checks.ipynb #00af8ca9
+# %% ../nbs/00_checks.ipynb #077d7f50
 def require(
     ok:bool,    # does the rule hold?
     rule:str,   # the rule, naming the argument: "`views` must be at least 1"
@@ -21,7 +21,7 @@ def require(
     "Raise `BadInput` unless `ok`: the rule, then what was got."
     if not ok: raise BadInput(rule if got is None else f"{rule}; got {got}")
 
-# %% ../nbs/00_checks.ipynb #7f1927bb
+# %% ../nbs/00_checks.ipynb #cb47ce87
 def choose(
     name:str,    # the name asked for
     table:dict,  # what there is, by name

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'Shortcut', 'BasicBlock', 'CifarResNet', 'encoder']
 
-# %% ../nbs/20_encoders.ipynb #ae32e8ba
+# %% ../nbs/20_encoders.ipynb #845770d1
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .checks import choose, require
 
-# %% ../nbs/20_encoders.ipynb #fdf308f4
+# %% ../nbs/20_encoders.ipynb #37ab0293
 class Shortcut(nn.Module):
     "Every `stride`-th pixel; missing channels padded with zeros, half of them in front."
     def __init__(self,
@@ -27,7 +27,7 @@ class Shortcut(nn.Module):
     def forward(self, x): # [N, in, H, W] -> [N, out, H/stride, W/stride]
         return F.pad(x[:, :, ::self.stride, ::self.stride], self.pad)
 
-# %% ../nbs/20_encoders.ipynb #32f70d93
+# %% ../nbs/20_encoders.ipynb #6632ea42
 class BasicBlock(nn.Module):
     "Two 3×3 convolutions with batch normalisation, added to the shortcut."
     def __init__(self,
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
-# %% ../nbs/20_encoders.ipynb #df7db1d9
+# %% ../nbs/20_encoders.ipynb #fec3004e
 class CifarResNet(nn.Module):
     "Residual network for small images (He et al. 2016, section 4.2; option A shortcuts), without its classifier."
     def __init__(self,
@@ -66,13 +66,14 @@ class CifarResNet(nn.Module):
     def forward(self, x): # [N, in_channels, H, W] -> [N, out_dim]
         return self.stages(self.stem(x)).mean((2, 3))
 
-# %% ../nbs/20_encoders.ipynb #a0465c7f
+# %% ../nbs/20_encoders.ipynb #91a1c903
 ENCODERS = {
     "resnet32": lambda in_channels: CifarResNet(32, in_channels),
     "resnet20": lambda in_channels: CifarResNet(20, in_channels),
     "resnet8":  lambda in_channels: CifarResNet(8, in_channels, width=32),   # for 8×8 and 28×28 images
 }
 
+# %% ../nbs/20_encoders.ipynb #b74c281a
 def encoder(
     name:str,            # a key of `ENCODERS`
     in_channels:int=3,   # channels of the images

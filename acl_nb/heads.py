@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ProjectionHead', 'CosineClassifier', 'CentersFromWeights', 'FreeCenters']
 
-# %% ../nbs/21_heads.ipynb #05f734e2
+# %% ../nbs/21_heads.ipynb #2b5714d5
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .checks import require
 
-# %% ../nbs/21_heads.ipynb #60fa441a
+# %% ../nbs/21_heads.ipynb #bd13e898
 class ProjectionHead(nn.Module):
     "Two-layer perceptron onto the unit sphere (Chen et al. 2020, SimCLR)."
     def __init__(self,
@@ -26,7 +26,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x): # [N, in_dim] -> [N, D] unit length
         return F.normalize(self.layers(x), dim=-1)
 
-# %% ../nbs/21_heads.ipynb #48121de3
+# %% ../nbs/21_heads.ipynb #d2ca07cd
 class CosineClassifier(nn.Module):
     "Logits are scaled cosines between features and class weights (Gidaris and Komodakis 2018)."
     def __init__(self,
@@ -41,7 +41,7 @@ class CosineClassifier(nn.Module):
     def forward(self, x): # [N, in_dim] -> [N, C] logits
         return self.scale * F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
-# %% ../nbs/21_heads.ipynb #a43c91a1
+# %% ../nbs/21_heads.ipynb #9cd435a8
 class CentersFromWeights(nn.Module):
     "Class centres from the classifier's weights through a perceptron (Zhu et al. 2022, BCL)."
     def __init__(self,
@@ -55,7 +55,7 @@ class CentersFromWeights(nn.Module):
     def forward(self, weight): # [C, in_dim] -> [C, D] unit length
         return F.normalize(self.layers(weight), dim=-1)
 
-# %% ../nbs/21_heads.ipynb #b2bdcf49
+# %% ../nbs/21_heads.ipynb #e8038b61
 class FreeCenters(nn.Module):
     "Class centres as free parameters."
     def __init__(self,

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Output', 'Network', 'save_network', 'load_network']
 
-# %% ../nbs/23_networks.ipynb #0145c84d
+# %% ../nbs/23_networks.ipynb #79304ce7
 import json
 import os
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -19,20 +20,20 @@ from .checks import BadInput, choose
 from .encoders import encoder
 from .heads import CentersFromWeights, CosineClassifier, FreeCenters, ProjectionHead
 
-# %% ../nbs/23_networks.ipynb #ab20daa0
+# %% ../nbs/23_networks.ipynb #307938f3
 class Output(NamedTuple):
     "What a network returns for a batch of B images with V views."
     z: torch.Tensor         # [B, V, D] embeddings, unit length
     logits: torch.Tensor    # [B, V, C] plain logits, without the prior
     centers: torch.Tensor   # [C, D] unit length, or None
 
-# %% ../nbs/23_networks.ipynb #37567781
+# %% ../nbs/23_networks.ipynb #bb504ebb
 _CLASSIFIERS = {"linear": lambda d, c, scale: nn.Linear(d, c), "cosine": CosineClassifier}
 _CENTERS = {"weights": lambda c, d, hidden, dim: CentersFromWeights(d, hidden, dim),
             "free":    lambda c, d, hidden, dim: FreeCenters(c, dim),
             "none":    lambda c, d, hidden, dim: None}
 
-# %% ../nbs/23_networks.ipynb #49e81889
+# %% ../nbs/23_networks.ipynb #a10f8987
 class Network(nn.Module):
     "Encoder with a projection head, a classifier and class centres."
     def __init__(self,
@@ -53,15 +54,19 @@ class Network(nn.Module):
         self.classifier = choose(classifier, _CLASSIFIERS, "classifier")(d, n_classes, scale)
         self.centers = choose(centers, _CENTERS, "kind of centers")(n_classes, d, hidden, dim)
 
-    def forward(self, images): # [B, V, channels, H, W] -> Output
-        features = self.encoder(images.flatten(0, 1))
-        z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
-        return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
+# %% ../nbs/23_networks.ipynb #ad443d4c
+@patch
+def forward(self:Network, images): # [B, V, channels, H, W] -> Output
+    features = self.encoder(images.flatten(0, 1))
+    z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
+    return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
 
-    def predict(self, images): # [B, channels, H, W] -> [B, C] logits
-        return self.classifier(self.encoder(images))
+# %% ../nbs/23_networks.ipynb #8437a3fe
+@patch
+def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
+    return self.classifier(self.encoder(images))
 
-# %% ../nbs/23_networks.ipynb #b722f9ba
+# %% ../nbs/23_networks.ipynb #b5b16469
 def save_network(
     net:Network,  # its weights and settings are written
     path,         # of the .safetensors file; replaced at once or not at all
@@ -71,7 +76,7 @@ def save_network(
     save_file(tensors, f"{path}.part", {"acl_nb": json.dumps(net.settings)})
     os.replace(f"{path}.part", path)
 
-# %% ../nbs/23_networks.ipynb #ec033851
+# %% ../nbs/23_networks.ipynb #82f98e29
 def load_network(
     path,       # of a file that `save_network` wrote
 ) -> Network:   # on the CPU, in evaluation mode

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['flatten_views', 'Contrast', 'contrast', 'masked_logsumexp', 'key_counts']
 
-# %% ../nbs/10_pairs.ipynb #e0428325
+# %% ../nbs/10_pairs.ipynb #55a15384
 from typing import NamedTuple
 
 import torch
 
 from .checks import require
 
-# %% ../nbs/10_pairs.ipynb #d7f560e7
+# %% ../nbs/10_pairs.ipynb #dd8b8905
 def flatten_views(
     z:torch.Tensor,       # [B, V, D]
     labels:torch.Tensor,  # [B]
@@ -20,7 +20,7 @@ def flatten_views(
     "Every view becomes an anchor with its image's label."
     return z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
 
-# %% ../nbs/10_pairs.ipynb #417db41e
+# %% ../nbs/10_pairs.ipynb #6539c958
 def _check_batch(z, labels, temperature):
     require(z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
     require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
@@ -28,7 +28,7 @@ def _check_batch(z, labels, temperature):
     require(temperature > 0, "`temperature` must be positive", temperature)
     require(int(labels.min()) >= 0, "`labels` must be at least 0", int(labels.min()))
 
-# %% ../nbs/10_pairs.ipynb #fdbf44c8
+# %% ../nbs/10_pairs.ipynb #63d4207f
 _UNIT_TOLERANCE = 0.02    # of a vector's length; bfloat16 keeps 8 bits
 
 def _check_unit(name, rows):
@@ -40,7 +40,7 @@ def _check_centers(centers, z, labels):
     require(centers.ndim == 2 and centers.shape[1] == z.shape[-1], f"`centers` must be [C, {z.shape[-1]}], as wide as `z`", list(centers.shape))
     require(int(labels.max()) < len(centers), f"`labels` must be below the {len(centers)} classes of `centers`", int(labels.max()))
 
-# %% ../nbs/10_pairs.ipynb #b40c35b4
+# %% ../nbs/10_pairs.ipynb #3140e405
 class Contrast(NamedTuple):
     "All pairs of a batch: N anchors against K = N (+ C) keys."
     sim: torch.Tensor         # [N, K] similarity z_i·k / temperature, float32 or float64
@@ -49,7 +49,7 @@ class Contrast(NamedTuple):
     labels: torch.Tensor      # [N] class of each anchor
     key_labels: torch.Tensor  # [K] class of each key
 
-# %% ../nbs/10_pairs.ipynb #08aec061
+# %% ../nbs/10_pairs.ipynb #4e19b366
 def contrast(
     z:torch.Tensor,             # [B, V, D] unit length
     labels:torch.Tensor,        # [B]
@@ -69,7 +69,7 @@ def contrast(
     self_pair = torch.eye(*sim.shape, dtype=torch.bool, device=z.device)
     return Contrast(sim, same & ~self_pair, ~same, labels, key_labels)
 
-# %% ../nbs/10_pairs.ipynb #7933899c
+# %% ../nbs/10_pairs.ipynb #9457971d
 def masked_logsumexp(
     s:torch.Tensor,     # [N, K]
     mask:torch.Tensor,  # [N, K] bool, the entries to sum
@@ -79,7 +79,7 @@ def masked_logsumexp(
     lse = torch.logsumexp(s.masked_fill(~mask, -torch.inf).masked_fill(~some[:, None], 0), 1)
     return torch.where(some, lse, -torch.inf)
 
-# %% ../nbs/10_pairs.ipynb #4bace201
+# %% ../nbs/10_pairs.ipynb #f74af2c6
 def key_counts(
     key_labels:torch.Tensor,  # [K]
     n_classes:int=None,       # C; default: the largest label + 1

@@ -6,7 +6,7 @@
 __all__ = ['ATTRACTION', 'REPULSION', 'WRONG_WAY', 'NEUTRAL', 'GROUP_SHADES', 'styled', 'show', 'plot_counts', 'plot_images',
            'plot_curves', 'plot_per_class']
 
-# %% ../nbs/31_plots.ipynb #0b405409
+# %% ../nbs/31_plots.ipynb #600ce0b9
 import json
 import zlib
 
@@ -17,10 +17,11 @@ from plotly.subplots import make_subplots
 from .checks import require
 from .counts import shot_groups
 
-# %% ../nbs/31_plots.ipynb #8bb62a5a
+# %% ../nbs/31_plots.ipynb #9130b2aa
 ATTRACTION, REPULSION, WRONG_WAY, NEUTRAL = "#0072B2", "#E69F00", "#D55E00", "#5B6770"   # Okabe and Ito's palette
 GROUP_SHADES = {"many": "rgba(0,114,178,.10)", "medium": "rgba(0,158,115,.10)", "few": "rgba(204,121,167,.14)"}
 
+# %% ../nbs/31_plots.ipynb #c39b94c8
 def styled(
     fig:go.Figure,   # changed in place
     title:str="",    # short; the sentence around a figure says the rest
@@ -31,7 +32,7 @@ def styled(
                       font=dict(size=13), legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right"))
     return fig
 
-# %% ../nbs/31_plots.ipynb #709c283e
+# %% ../nbs/31_plots.ipynb #af6730ee
 def show(
     fig:go.Figure,  # to be displayed
 ):
@@ -40,7 +41,7 @@ def show(
     html = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=f"figure-{zlib.crc32(fig.to_json().encode())}")
     display({"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/html": html}, raw=True)
 
-# %% ../nbs/31_plots.ipynb #ea3471ec
+# %% ../nbs/31_plots.ipynb #d1ce9115
 def _shade_groups(fig, counts, many, few):
     "Shade the ranges of the groups; `counts` must run from head to tail."
     for name, ids in shot_groups(counts, many, few).items():
@@ -48,7 +49,7 @@ def _shade_groups(fig, counts, many, few):
         fig.add_vrect(x0=ids.min().item() - .5, x1=ids.max().item() + .5, fillcolor=GROUP_SHADES[name], line_width=0, layer="below",
                       annotation_text=name, annotation_position="top left", annotation_font_size=11)
 
-# %% ../nbs/31_plots.ipynb #e27496ed
+# %% ../nbs/31_plots.ipynb #09ff7f1c
 def plot_counts(
     counts,             # [C] images of each class
     title:str="",       # name of the data set
@@ -66,7 +67,7 @@ def plot_counts(
     fig.update_yaxes(type="log", title="training images", dtick=1); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, f"{title}: {n.sum():,} images, {len(n)} classes, imbalance {n.max() / n.min():.4g}".removeprefix(": "))
 
-# %% ../nbs/31_plots.ipynb #e7713cca
+# %% ../nbs/31_plots.ipynb #8896f649
 def plot_images(
     images:torch.Tensor,  # uint8 [n, C, H, W], C = 1 or 3
     titles:list=None,     # n texts, above each image
@@ -82,7 +83,7 @@ def plot_images(
     fig.update_xaxes(visible=False); fig.update_yaxes(visible=False); fig.update_annotations(font_size=11)
     return styled(fig, height=rows * pixels + 40 + (20 if titles else 0)).update_layout(margin=dict(l=5, r=5, t=30, b=5), width=min(n, columns) * (pixels + 6) + 20)
 
-# %% ../nbs/31_plots.ipynb #f1357fe5
+# %% ../nbs/31_plots.ipynb #5a44c304
 def plot_curves(
     history:list,  # one dict an epoch: epoch, loss, top1, many, medium, few
     title:str="",  # of the figure
@@ -97,7 +98,7 @@ def plot_curves(
     fig.update_xaxes(title="epoch", row=2, col=1)
     return styled(fig, title, height=460)
 
-# %% ../nbs/31_plots.ipynb #e381cf57
+# %% ../nbs/31_plots.ipynb #0d082650
 def plot_per_class(
     per_class:list,      # C accuracies in 0..1 or None; or {name: such a list} to compare runs
     counts,              # [C] training images of each class

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['rank', 'world_size', 'all_gather']
 
-# %% ../nbs/04_processes.ipynb #8211ef14
+# %% ../nbs/04_processes.ipynb #89f8e3fb
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/04_processes.ipynb #4c84e6a0
+# %% ../nbs/04_processes.ipynb #b2758f98
 def _running(): return dist.is_available() and dist.is_initialized()
-
 def rank() -> int:
     "This process's number; 0 when there is one process."
     return dist.get_rank() if _running() else 0
@@ -20,22 +19,22 @@ def world_size() -> int:
     "How many processes train together."
     return dist.get_world_size() if _running() else 1
 
-# %% ../nbs/04_processes.ipynb #0b6c693e
+# %% ../nbs/04_processes.ipynb #3e272562
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t):
+    def forward(ctx, t): # [n, ...] -> [world_size · n, ...]
         parts = [torch.empty_like(t) for _ in range(world_size())]
         dist.all_gather(parts, t.contiguous())
         ctx.rows = slice(rank() * len(t), (rank() + 1) * len(t))
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad): # of all rows -> of this rank's
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad[ctx.rows]
 
-# %% ../nbs/04_processes.ipynb #7cd78784
+# %% ../nbs/04_processes.ipynb #9a90296c
 def all_gather(
     t:torch.Tensor,  # [n, ...], the same shape on every rank
 ) -> torch.Tensor:   # [world_size · n, ...], rank 0's rows first

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['POLICIES', 'Draws', 'random_shift', 'random_flip', 'random_erase', 'ViewPipeline']
 
-# %% ../nbs/03_views.ipynb #733ddaf4
+# %% ../nbs/03_views.ipynb #12ac82e9
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from .checks import choose, require
 
-# %% ../nbs/03_views.ipynb #dda2daec
+# %% ../nbs/03_views.ipynb #59f254cf
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64   # 2^64 / golden ratio, as a signed integer: the increment of splitmix64
 
 def _shift_right(x, k): return (x >> k) & ((1 << (64 - k)) - 1)
@@ -21,7 +22,7 @@ def _mix(x):
     x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ _shift_right(x, 31)
 
-# %% ../nbs/03_views.ipynb #297fade0
+# %% ../nbs/03_views.ipynb #c4390608
 class Draws:
     "Uniform numbers in [0, 1) for each image of a batch; a call takes the next ones, the same whatever the batch."
     def __init__(self,
@@ -34,14 +35,16 @@ class Draws:
         for part in (seed, epoch, ids, view): key = _mix(key + part + 1) + _GOLDEN
         self.key, self.taken = key, 0
 
-    def __call__(self,
-        n:int,  # numbers wanted for each image
-    ):          # float32 [B, n]
-        counter = torch.arange(self.taken, self.taken + n, device=self.key.device)
-        self.taken += n
-        return _shift_right(_mix(self.key[:, None] + counter * _GOLDEN), 40) / 2.0**24
+# %% ../nbs/03_views.ipynb #2a5fff48
+@patch
+def __call__(self:Draws,
+    n:int,  # numbers wanted for each image
+):          # float32 [B, n]
+    counter = torch.arange(self.taken, self.taken + n, device=self.key.device)
+    self.taken += n
+    return _shift_right(_mix(self.key[:, None] + counter * _GOLDEN), 40) / 2.0**24
 
-# %% ../nbs/03_views.ipynb #a352d273
+# %% ../nbs/03_views.ipynb #46389e94
 def random_shift(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
@@ -56,7 +59,7 @@ def random_shift(
     padded = F.pad(images, (pad,)*4).permute(0, 2, 3, 1)                 # [B, H+2p, W+2p, C]
     return padded[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
-# %% ../nbs/03_views.ipynb #f587be0e
+# %% ../nbs/03_views.ipynb #9cb29743
 def random_flip(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
@@ -65,7 +68,7 @@ def random_flip(
     "Mirror each image left to right with probability `p`."
     return torch.where(draw(1)[:, :, None, None] < p, images.flip(-1), images)
 
-# %% ../nbs/03_views.ipynb #af27b6fe
+# %% ../nbs/03_views.ipynb #262c1539
 def random_erase(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
@@ -80,7 +83,7 @@ def random_erase(
     hole = inside(top, H)[:, None, :, None] & inside(left, W)[:, None, None, :] & (u[:, 2] < p)[:, None, None, None]
     return images.masked_fill(hole, 0)
 
-# %% ../nbs/03_views.ipynb #efae1b70
+# %% ../nbs/03_views.ipynb #d4a093d5
 def _plain(images, draw):   return images
 def _digits(images, draw):  return random_erase(random_shift(images, draw, 1), draw, 3, p=0.5)
 def _fashion(images, draw): return random_erase(random_flip(random_shift(images, draw, 2), draw), draw, 8, p=0.5)
@@ -88,7 +91,7 @@ def _cifar(images, draw):   return random_erase(random_flip(random_shift(images,
 
 POLICIES = {"plain": _plain, "digits": _digits, "fashion": _fashion, "cifar_basic": _cifar}
 
-# %% ../nbs/03_views.ipynb #a2758ebe
+# %% ../nbs/03_views.ipynb #c92f96cd
 class ViewPipeline:
     "V views of a batch: `pipeline(images, ids, epoch)` -> float32 [B, V, C, H, W]."
     def __init__(self,
@@ -107,17 +110,21 @@ class ViewPipeline:
     @property
     def views(self): return len(self.policies)
 
-    def _check(self, images):
-        want = f"`images` must be uint8 [B, {len(self.mean)}, {self.size}, {self.size}]"
-        require(images.dtype == torch.uint8 and images.shape[1:] == (len(self.mean), self.size, self.size), want, f"{images.dtype} {list(images.shape)}")
+# %% ../nbs/03_views.ipynb #b7d05ad0
+@patch
+def _check(self:ViewPipeline, images):
+    want = f"`images` must be uint8 [B, {len(self.mean)}, {self.size}, {self.size}]"
+    require(images.dtype == torch.uint8 and images.shape[1:] == (len(self.mean), self.size, self.size), want, f"{images.dtype} {list(images.shape)}")
 
-    def __call__(self,
-        images:torch.Tensor,     # uint8 [B, C, H, W], any device
-        ids:torch.Tensor=None,   # [B] positions in the data set; default 0..B-1
-        epoch:int=0,             # of training
-    ):                           # float32 [B, V, C, H, W]
-        self._check(images)
-        ids = torch.arange(len(images)) if ids is None else ids
-        ids, mean, std = (t.to(images.device) for t in (ids, self.mean, self.std))
-        views = [p(images, Draws(ids, self.seed, epoch, v)) for v, p in enumerate(self.policies)]
-        return (torch.stack(views, 1) / 255 - mean[:, None, None]) / std[:, None, None]
+# %% ../nbs/03_views.ipynb #a2b29d5a
+@patch
+def __call__(self:ViewPipeline,
+    images:torch.Tensor,    # uint8 [B, C, H, W], any device
+    ids:torch.Tensor=None,  # [B] positions in the data set; default 0..B-1
+    epoch:int=0,            # of training
+):                          # float32 [B, V, C, H, W]
+    self._check(images)
+    ids = torch.arange(len(images)) if ids is None else ids
+    ids, mean, std = (t.to(images.device) for t in (ids, self.mean, self.std))
+    views = [p(images, Draws(ids, self.seed, epoch, v)) for v, p in enumerate(self.policies)]
+    return (torch.stack(views, 1) / 255 - mean[:, None, None]) / std[:, None, None]

@@ -6,9 +6,10 @@
 __all__ = ['LOSSES', 'make_loss', 'Objective', 'ACLLoss', 'acl_loss', 'negative_weights', 'CELoss', 'LogitAdjustedLoss',
            'ce_loss', 'logit_adjusted_loss', 'SCLLoss', 'scl_loss']
 
-# %% ../../nbs/17_losses.ipynb #3558aa18
+# %% ../../nbs/17_losses.ipynb #fe072cb5
 from inspect import signature
 
+from fastcore.basics import patch
 from torch import nn
 
 from ..checks import choose, require
@@ -16,13 +17,13 @@ from .acl import ACLLoss, acl_loss, negative_weights
 from .logits import CELoss, LogitAdjustedLoss, ce_loss, logit_adjusted_loss
 from .scl import SCLLoss, scl_loss
 
-# %% ../../nbs/17_losses.ipynb #ce5e77cc
+# %% ../../nbs/17_losses.ipynb #12ffbb41
 _all_ = ["ACLLoss", "acl_loss", "negative_weights", "CELoss", "LogitAdjustedLoss", "ce_loss", "logit_adjusted_loss", "SCLLoss", "scl_loss"]
 
-# %% ../../nbs/17_losses.ipynb #cfdf3da2
+# %% ../../nbs/17_losses.ipynb #888b6a7f
 LOSSES = {"ce": CELoss, "la": LogitAdjustedLoss, "scl": SCLLoss, "acl": ACLLoss}
 
-# %% ../../nbs/17_losses.ipynb #d82054e9
+# %% ../../nbs/17_losses.ipynb #072aa03d
 def make_loss(
     name:str,    # a key of `LOSSES`
     **settings,  # temperature, negatives, class_counts, …; those the loss does not know are left out
@@ -32,7 +33,7 @@ def make_loss(
     known = signature(cls).parameters
     return cls(**{k: v for k, v in settings.items() if k in known})
 
-# %% ../../nbs/17_losses.ipynb #e33fe3cd
+# %% ../../nbs/17_losses.ipynb #fd337878
 class Objective(nn.Module):
     "Classifier loss + weight · contrastive loss, from a network's output."
     def __init__(self,
@@ -48,8 +49,10 @@ class Objective(nn.Module):
         self.classifier = make_loss("ce" if name == "ce" else "la", **settings)
         self.weight = weight
 
-    def forward(self, out, labels): # an output with z, logits, centers; [B] -> scalar, {"classifier": .., "contrastive": ..}
-        parts = {"classifier": self.classifier(out.logits, labels)}
-        if self.contrastive is None: return parts["classifier"], parts
-        parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers)
-        return parts["classifier"] + self.weight * parts["contrastive"], parts
+# %% ../../nbs/17_losses.ipynb #2cb62bbc
+@patch
+def forward(self:Objective, out, labels): # an output with z, logits, centers; [B] -> scalar, {"classifier": .., "contrastive": ..}
+    parts = {"classifier": self.classifier(out.logits, labels)}
+    if self.contrastive is None: return parts["classifier"], parts
+    parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers)
+    return parts["classifier"] + self.weight * parts["contrastive"], parts

@@ -1,0 +1,53 @@
+# Everything runs in .venv, which is made when it is missing: `make demo` and `make test` each work as a first command.
+PYTHON ?= python3
+BIN    := $(CURDIR)/.venv/bin
+NEEDS  := $(CURDIR)/.venv/installed
+SITE   := $(if $(shell command -v quarto),,$(CURDIR)/.ci/bin:)# a stand-in where Quarto is not installed
+NBS     = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test clean-check sync-check lab docs readme outputs clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+$(NEEDS): settings.ini setup.py
+	@$(PYTHON) -c "import sys; sys.exit('acl_nb needs Python 3.11 or newer; name one: make PYTHON=/path/to/python' if sys.version_info < (3, 11) else 0)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(NEEDS) ## train ACL on long-tailed digits (half a minute) and write runs/digits_lt/report.html
+	@$(BIN)/acl_train
+
+test: $(NEEDS) clean-check sync-check ## notebooks clean, modules in sync, every notebook, every test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+# Both checks work on a copy, so that a check changes nothing and needs no commit.
+COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
+SKIP = -x __pycache__ -x .ipynb_checkpoints -x runs
+
+clean-check: $(NEEDS)
+	@$(COPY) && $(BIN)/nbdev_clean && diff -rq $(SKIP) $(CURDIR)/nbs nbs || { echo 'notebooks are not clean: run nbdev_clean'; exit 1; }
+
+sync-check: $(NEEDS)
+	@$(COPY) && $(BIN)/nbdev_export && diff -r $(SKIP) $(CURDIR)/acl_nb acl_nb || { echo 'acl_nb/ differs from what the notebooks export: edit nbs/, then run nbdev_export'; exit 1; }
+
+lab: $(NEEDS) ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+docs: $(NEEDS) ## the site, in _docs/
+	PATH="$(SITE)$(BIN):$$PATH" nbdev_docs
+
+readme: $(NEEDS) ## README.md from nbs/index.ipynb
+	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" nbdev_readme
+
+outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
+	$(BIN)/nbdev_export
+	for nb in $(NBS); do $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done
+	$(BIN)/nbdev_clean
+
+clean: ## remove what can be made again (not .venv, runs or data)
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	find acl_nb tests -name __pycache__ -prune -exec rm -rf {} +
