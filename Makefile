@@ -38,6 +38,7 @@ lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
 docs: $(NEEDS) ## the site, in _docs/
+	rm -rf _docs _proc
 	PATH="$(SITE)$(BIN):$$PATH" nbdev_docs
 
 readme: $(NEEDS) ## README.md from nbs/index.ipynb

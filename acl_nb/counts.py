@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'class_counts', 'long_tail_indices', 'shot_groups', 'log_prior']
 
-# %% ../nbs/01_counts.ipynb #5eb5dbab
+# %% ../nbs/01_counts.ipynb #9c39a963
 import numpy as np
 import torch
 
 from .checks import require
 
-# %% ../nbs/01_counts.ipynb #1dcdfc5e
+# %% ../nbs/01_counts.ipynb #e1712abc
 KINDS = ("exp", "step", "balanced")
 
 def _profile(n_classes, n_max, imbalance, kind):
@@ -19,7 +19,7 @@ def _profile(n_classes, n_max, imbalance, kind):
     if kind == "step":     return [int(n_max) if j < n_classes // 2 else int(n_max / imbalance) for j in range(n_classes)]
     return [int(n_max * (1 / imbalance) ** (j / max(1, n_classes - 1))) for j in range(n_classes)]
 
-# %% ../nbs/01_counts.ipynb #1becb1ae
+# %% ../nbs/01_counts.ipynb #55c5b6f2
 def class_counts(
     n_classes:int,        # C, at least 1
     n_max:float,          # images of the largest class; a real number, for data sets whose size is no multiple of C
@@ -34,7 +34,7 @@ def class_counts(
     require(min(counts) >= 1, "every class must keep at least one image", f"{min(counts)} of {n_max:g} at imbalance {imbalance:g}")
     return torch.tensor(counts)
 
-# %% ../nbs/01_counts.ipynb #89b96551
+# %% ../nbs/01_counts.ipynb #fae5bc2e
 def _check_supply(targets, counts):
     "Each class must own as many images as it is asked to keep, and every label must be a class."
     have = np.bincount(targets, minlength=len(counts))
@@ -42,7 +42,7 @@ def _check_supply(targets, counts):
     short = np.flatnonzero(have < counts)
     if len(short): require(False, f"class {short[0]} must have {counts[short[0]]} images to keep", have[short[0]])
 
-# %% ../nbs/01_counts.ipynb #b7d69d7b
+# %% ../nbs/01_counts.ipynb #a0450b7c
 def long_tail_indices(
     targets,          # [N] class of every image of the balanced set, in the order of its files
     counts,           # [C] images to keep, e.g. from `class_counts`
@@ -59,7 +59,7 @@ def long_tail_indices(
         kept.append(ids[:n])
     return torch.from_numpy(np.concatenate(kept).astype(np.int64))
 
-# %% ../nbs/01_counts.ipynb #8db84524
+# %% ../nbs/01_counts.ipynb #3839a7ee
 def shot_groups(
     counts,        # [C] training images of each class
     many:int=100,  # a class with more than this is "many"
@@ -71,7 +71,7 @@ def shot_groups(
     masks = {"many": n > many, "medium": (n >= few) & (n <= many), "few": n < few}
     return {k: m.nonzero().flatten() for k, m in masks.items()}
 
-# %% ../nbs/01_counts.ipynb #194a96c7
+# %% ../nbs/01_counts.ipynb #78e67fda
 def log_prior(
     counts,         # [C] training images of each class, each at least 1
 ) -> torch.Tensor:  # float32[C], log n_j/Σn

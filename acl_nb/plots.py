@@ -41,13 +41,13 @@ def show(
     html = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=f"figure-{zlib.crc32(fig.to_json().encode())}")
     display({"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/html": html}, raw=True)
 
-# %% ../nbs/31_plots.ipynb #d1ce9115
+# %% ../nbs/31_plots.ipynb #8dd74843
 def _shade_groups(fig, counts, many, few):
     "Shade the ranges of the groups; `counts` must run from head to tail."
     for name, ids in shot_groups(counts, many, few).items():
         if len(ids) == 0: continue
         fig.add_vrect(x0=ids.min().item() - .5, x1=ids.max().item() + .5, fillcolor=GROUP_SHADES[name], line_width=0, layer="below",
-                      annotation_text=name, annotation_position="top left", annotation_font_size=11)
+                      annotation_text=name, annotation_position="outside top left", annotation_font_size=11)
 
 # %% ../nbs/31_plots.ipynb #09ff7f1c
 def plot_counts(
