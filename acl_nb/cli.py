@@ -61,12 +61,12 @@ def report_line(
     groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))
     return f"all classes {percent(s['top1'])}  {groups}  (balanced test set, epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
 
-# %% ../nbs/51_cli.ipynb #3d7a8f94
+# %% ../nbs/51_cli.ipynb #53403fa2
 @call_parse
 @command
 def acl_train(
     name:Param("recipe: " + ", ".join(RECIPES), str, opt=False, nargs="?")="digits_lt", # a key of `RECIPES`
-    loss:str=None,       # ce, la, scl or acl
+    loss:str=None,       # acl, bcl, scl, gpaco, la, ldam, cb or ce
     views:str=None,      # views of every image
     imbalance:str=None,  # largest class count / smallest
     epochs:str=None,     # epochs to train

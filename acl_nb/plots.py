@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTRACTION', 'REPULSION', 'WRONG_WAY', 'NEUTRAL', 'GROUP_SHADES', 'styled', 'show', 'plot_counts', 'plot_images',
-           'plot_curves', 'plot_per_class']
+           'plot_curves', 'plot_per_class', 'plot_balance']
 
 # %% ../nbs/31_plots.ipynb #600ce0b9
 import json
@@ -117,3 +117,25 @@ def plot_per_class(
     _shade_groups(fig, counts[order], 100, 20)
     fig.update_yaxes(title="test accuracy", tickformat=".0%", range=[0, 1.05]); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, title)
+
+# %% ../nbs/31_plots.ipynb #f69b8bf9
+def plot_balance(
+    balance:dict,  # of `class_balance`: attraction, wrong_way, repulsion, each [C]; or {loss name: such a dict}
+    counts,        # [C] images of each class; gives the order
+    title:str="",  # of the figure
+) -> go.Figure:
+    "Mirrored bars of attraction against both kinds of repulsion, head to tail."
+    balance = {"": balance} if "attraction" in balance else balance
+    order = torch.as_tensor(counts).argsort(descending=True, stable=True).tolist()
+    parts = (("attraction", "attraction", 1, ATTRACTION), ("wrong way", "wrong_way", -1, WRONG_WAY), ("repulsion", "repulsion", -1, REPULSION))
+    text = [f"class {j}, {int(counts[j])} images" for j in order]
+    fig = make_subplots(1, len(balance), shared_yaxes=True, subplot_titles=list(balance), horizontal_spacing=.015)
+    for column, b in enumerate(balance.values(), 1):
+        total = sum(b[key] for _, key, _, _ in parts)
+        for name, key, sign, colour in parts:
+            share = sign * torch.where(total > 0, b[key] / total, 0)
+            fig.add_trace(go.Bar(y=share[order].tolist(), name=name, marker_color=colour, showlegend=column == 1, customdata=text,
+                                 hovertemplate="%{customdata}: %{y:.1%}<extra>" + name + "</extra>"), 1, column)
+    fig.update_xaxes(title="head → tail", showticklabels=False).update_yaxes(tickformat=".0%", range=[-1, 1])
+    fig.update_yaxes(title="← pushes · pulls →", col=1)
+    return styled(fig, title, 360).update_layout(barmode="relative", bargap=.1, legend=dict(y=-.15, yanchor="top"), margin=dict(t=75, b=70))

@@ -21,8 +21,9 @@ RECIPES = {
     "cifar100_lt": dict(dataset="cifar100_lt", **_CIFAR),
 }
 
-# %% ../nbs/50_recipes.ipynb #efa3dd89
-LOSS_SETTINGS = {"ce": dict(centers="none"), "la": dict(centers="none"), "scl": dict(centers="none"), "acl": dict(centers="weights")}
+# %% ../nbs/50_recipes.ipynb #13aaaf3b
+LOSS_SETTINGS = {**{loss: dict(centers="none") for loss in ("ce", "la", "cb", "scl", "paco", "gpaco")},
+                 "ldam": dict(centers="none", classifier="cosine"), "bcl": dict(centers="weights"), "acl": dict(centers="weights")}
 
 # %% ../nbs/50_recipes.ipynb #a248582e
 def recipe(

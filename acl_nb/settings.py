@@ -16,7 +16,7 @@ from .datasets import DATASETS
 from .losses import LOSSES
 from .views import POLICIES
 
-# %% ../nbs/39_settings.ipynb #3564931c
+# %% ../nbs/39_settings.ipynb #65cad4ec
 @dataclass(frozen=True)
 class Recipe:
     "All settings of a run; checked when made, never changed after."
@@ -41,6 +41,7 @@ class Recipe:
     aligned: bool = True            # ACL's first switch
     negatives: str = "batch"        # ACL's third switch: batch | prior | adjusted | none
     tau: float = 1.0                # strength of the logit adjustment
+    alpha: float = 0.05             # GPaCo's weight of a same-class key
     epochs: int = 30
     batch_size: int = 64            # images, each with V views, over all processes
     lr: float = 0.1                 # peak learning rate of SGD
@@ -53,12 +54,12 @@ class Recipe:
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
 
-# %% ../nbs/39_settings.ipynb #296153bb
+# %% ../nbs/39_settings.ipynb #d1ac3455
 _RULES = {"imbalance": (lambda v: v >= 1, "at least 1 (largest count / smallest count)"), "n_max": (lambda v: v >= 1, "at least 1"),
           "weight": (lambda v: v >= 0, "at least 0"), "warmup": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
           "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"), "weight_decay": (lambda v: v >= 0, "at least 0"),
           "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"), "subset_seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"),
-          "batch_size": (lambda v: v >= 2, "at least 2"), "tau": (lambda v: v >= 0, "at least 0")}
+          "batch_size": (lambda v: v >= 2, "at least 2"), "tau": (lambda v: v >= 0, "at least 0"), "alpha": (lambda v: v >= 0, "at least 0")}
 _RULES |= {k: (lambda v: v > 0, "positive") for k in ("temperature", "lr", "scale")}
 _RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden")}
 _TABLES = {"dataset": DATASETS, "policy": POLICIES, "loss": LOSSES}

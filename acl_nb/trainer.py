@@ -86,7 +86,7 @@ def _pipelines(recipe, data):
     make = lambda policies: ViewPipeline(policies, size, data.mean, data.std, recipe.seed)
     return make([recipe.policy] * recipe.views), make("plain")
 
-# %% ../nbs/42_trainer.ipynb #a0e3beda
+# %% ../nbs/42_trainer.ipynb #8c4f6983
 class Parts:
     "Everything that a recipe names, built."
     def __init__(self,
@@ -100,7 +100,7 @@ class Parts:
         self.views, self.plain = _pipelines(recipe, self.data)
         network = _build_network(recipe, self.data)
         self.objective = Objective(recipe.loss, self.data.counts, recipe.weight, temperature=recipe.temperature,
-                                   aligned=recipe.aligned, negatives=recipe.negatives, tau=recipe.tau).to(accelerator.device)
+                                   aligned=recipe.aligned, negatives=recipe.negatives, tau=recipe.tau, alpha=recipe.alpha).to(accelerator.device)
         optimizer, self.schedule = _build_optimizer(recipe, network, recipe.epochs * len(self.batches))
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
 

@@ -1,0 +1,98 @@
+"What holds for every contrastive loss on any batch: order, rotation and order of views do not matter; fast equals plain; nothing is ever nan."
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from acl_nb.checks import BadInput
+from acl_nb.gradients import conflict_rate, embedding_gradient, pair_gradients
+from acl_nb.losses import acl_loss, bcl_loss, gpaco_loss, scl_loss
+from acl_nb.losses.acl import acl_loss_plain
+from acl_nb.losses.bcl import bcl_loss_plain
+from acl_nb.losses.scl import scl_loss_plain
+from acl_nb.pairs import NEGATIVES
+
+COUNTS = [500, 120, 30, 8, 2]
+PLAIN = {scl_loss: scl_loss_plain, bcl_loss: bcl_loss_plain, acl_loss: acl_loss_plain}
+
+@st.composite
+def batches(draw):
+    "z [B, V, D], labels, centers [5, D], temperature, some views of an image nearly equal."
+    B, V, D = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(2, 8))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    image = torch.randn(B, 1, D, generator=g, dtype=torch.float64)
+    z = F.normalize(image + draw(st.sampled_from([0., 1e-3, 0.3, 3.])) * torch.randn(B, V, D, generator=g, dtype=torch.float64), dim=-1)
+    labels = torch.randint(draw(st.integers(1, 5)), (B,), generator=g)
+    return z, labels, F.normalize(torch.randn(5, D, generator=g, dtype=torch.float64), dim=-1), draw(st.sampled_from([0.02, 0.1, 1.0]))
+
+@st.composite
+def losses(draw):
+    "(loss, arguments), centres included where asked for."
+    name, with_centers = draw(st.sampled_from(["scl", "bcl", "acl"])), draw(st.booleans())
+    if name == "scl": return scl_loss, {}, with_centers
+    if name == "bcl": return bcl_loss, {}, True
+    return acl_loss, dict(aligned=draw(st.booleans()), negatives=draw(st.sampled_from(NEGATIVES)), class_counts=COUNTS), with_centers
+
+def value(loss, z, labels, centers, temperature): return loss[0](z, labels, centers=centers if loss[2] else None, temperature=temperature, **loss[1])
+
+def close(a, b): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), losses(), st.integers(0, 2**31))
+def test_order_rotation_and_views_do_not_matter(batch, loss, seed):
+    z, labels, centers, temperature = batch
+    g = torch.Generator().manual_seed(seed)
+    before = value(loss, z, labels, centers, temperature)
+    images, views = torch.randperm(len(z), generator=g), torch.randperm(z.shape[1], generator=g)
+    rotation, _ = torch.linalg.qr(torch.randn(z.shape[-1], z.shape[-1], generator=g, dtype=torch.float64))
+    close(value(loss, z[images], labels[images], centers, temperature), before)
+    close(value(loss, z[:, views], labels, centers, temperature), before)
+    close(value(loss, z @ rotation, labels, centers @ rotation, temperature), before)
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), losses(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+def test_fast_equals_plain_and_all_is_finite(batch, loss, dtype):
+    z, labels, centers, temperature = batch
+    results = []
+    for f in (loss[0], PLAIN[loss[0]]):
+        leaf = z.to(dtype).requires_grad_()
+        out = value((f, *loss[1:]), leaf, labels, centers.to(dtype), temperature)
+        out.backward()
+        assert out.isfinite() and leaf.grad.isfinite().all()
+        results.append((out.detach(), leaf.grad))
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}[dtype]
+    for fast, plain in zip(*results): torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance * (1 + plain.abs().max().item()))
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), losses())
+def test_closed_form_equals_autograd(batch, loss):
+    z, labels, centers, temperature = batch
+    leaf = z.clone().requires_grad_()
+    by_autograd, = torch.autograd.grad(value(loss, leaf, labels, centers, temperature), leaf)
+    cs = centers if loss[2] else None
+    name = loss[0].__name__.removesuffix("_loss")
+    pairs = pair_gradients(name, z, labels, cs, temperature=temperature, **loss[1])
+    scale = max(1., by_autograd.abs().max().item())
+    torch.testing.assert_close(embedding_gradient(pairs, z, cs, temperature), by_autograd, rtol=0, atol=1e-10 * scale)
+    if name == "acl" and loss[1]["aligned"] and pairs.positive.any(): assert conflict_rate(pairs) == 0
+
+@settings(max_examples=30, deadline=None)
+@given(batches())
+def test_gpaco_closed_form_equals_autograd(batch):
+    z, labels, _, temperature = batch
+    g = torch.Generator().manual_seed(0)
+    logits, leaf = torch.randn(*z.shape[:2], 5, generator=g, dtype=torch.float64), z.clone().requires_grad_()
+    by_autograd, = torch.autograd.grad(gpaco_loss(leaf, labels, logits, COUNTS, alpha=0.05, temperature=temperature), leaf)
+    pairs = pair_gradients("paco", z, labels, logits=logits, class_counts=COUNTS, alpha=0.05, temperature=temperature)
+    torch.testing.assert_close(embedding_gradient(pairs, z, temperature=temperature), by_autograd, rtol=0, atol=1e-9)
+
+Z, Y, C = F.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)), dim=-1), torch.tensor([0, 1, 0]), torch.eye(4)[:2]
+
+@pytest.mark.parametrize("f", [scl_loss, bcl_loss, acl_loss])
+@pytest.mark.parametrize("z, labels, centers, temperature, said", [
+    (Z[0], Y, C, .1, "`z` must be [B, V, D]"), (2*Z, Y, C, .1, "unit length (within 0.02)"), (Z * float("nan"), Y, C, .1, "must be finite"),
+    (Z, Y + 1, C, .1, "below the 2 classes"), (Z, Y - 1, C, .1, "at least 0; got -1"), (Z, Y.float(), C, .1, "whole numbers; got torch.float32"),
+    (Z, Y[:2], C, .1, "`labels` must be [B] = [3]; got [2]"), (Z, Y, C[:, :3], .1, "`centers` must be [C, 4]"), (Z, Y, C, 0., "`temperature` must be positive; got 0.0")])
+def test_bad_input_is_one_sentence(f, z, labels, centers, temperature, said):
+    with pytest.raises(BadInput) as e: f(z, labels, centers=centers, temperature=temperature)
+    assert said in str(e.value) and "\n" not in str(e.value)
