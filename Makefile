@@ -6,7 +6,7 @@ SITE   := $(if $(shell command -v quarto),,$(CURDIR)/.ci/bin:)# a stand-in where
 NBS     = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean-check sync-check lab docs readme outputs clean
+.PHONY: help demo test bench clean-check sync-check lab docs readme outputs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,10 @@ clean-check: $(NEEDS)
 
 sync-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_export && diff -r $(SKIP) $(CURDIR)/acl_nb acl_nb || { echo 'acl_nb/ differs from what the notebooks export: edit nbs/, then run nbdev_export'; exit 1; }
+
+bench: $(NEEDS) ## speed and memory of the losses against the bare matrix products and a peer
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps pytorch-metric-learning
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
 
 lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -124,27 +124,28 @@ def check_negatives(
     require(class_counts is not None, f'`negatives="{negatives}"` needs `class_counts`')
     require(len(class_counts) >= n_classes, "`class_counts` must cover every class", f"{len(class_counts)} counts for {n_classes} classes")
 
-# %% ../nbs/10_pairs.ipynb #ebec3b0d
+# %% ../nbs/10_pairs.ipynb #d7c3dbd2
 def column_and_row(
     labels:torch.Tensor,      # [N] of the anchors
     key_labels:torch.Tensor,  # [K]
     negatives:str="batch",    # batch | prior | adjusted | none
     class_counts=None,        # [C] training images of each class; "prior" and "adjusted" need it
-) -> tuple:                   # float64 log-weights: of the keys [K], of the anchors' rows [N]; None for weight 1
+    dtype=torch.float64,      # of the result
+) -> tuple:                   # log-weights: of the keys [K], of the anchors' rows [N]; None for weight 1
     "log w_in as a column of the keys plus a row of the anchors."
     if negatives == "none": return None, None
-    prior = None if class_counts is None or negatives == "batch" else log_prior(class_counts, torch.float64).to(labels.device)
+    prior = None if class_counts is None or negatives == "batch" else log_prior(class_counts, dtype).to(labels.device)
     if negatives == "prior": return (log(len(prior)) - prior - torch.logsumexp(-prior, 0))[key_labels], None
-    log_b = key_counts(key_labels)[key_labels].double().log()
+    log_b = key_counts(key_labels)[key_labels].to(dtype).log()
     return (-log_b, None) if negatives == "batch" else (prior[key_labels] - log_b, -prior[labels])
 
-# %% ../nbs/10_pairs.ipynb #db1d0812
+# %% ../nbs/10_pairs.ipynb #f9229fc4
 def negative_weights(
     c:Contrast,             # the pairs of a batch
     negatives:str="batch",  # batch | prior | adjusted | none
     class_counts=None,      # [C] training images of each class; "prior" and "adjusted" need it
 ) -> torch.Tensor:          # log w_in, broadcastable to [N, K]
     "Log-weight of every negative in the denominators."
-    parts = column_and_row(c.labels, c.key_labels, negatives, class_counts)
-    column, row = (c.sim.new_zeros(1) if p is None else p.to(c.sim) for p in parts)
+    parts = column_and_row(c.labels, c.key_labels, negatives, class_counts, c.sim.dtype)
+    column, row = (c.sim.new_zeros(1) if p is None else p for p in parts)
     return column[None, :] + row[:, None]

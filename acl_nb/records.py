@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_text', 'write_json', 'environment', 'Run', 'percent', 'write_report']
 
-# %% ../nbs/32_records.ipynb #53dc4fa5
+# %% ../nbs/32_records.ipynb #bf7e7206
 import json
 import os
 import platform
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 import acl_nb
 from .checks import BadInput, require
+from .losses.matmul import matmul_route
 from .networks import load_network
 from .plots import plot_counts, plot_curves, plot_per_class
 
@@ -49,13 +50,13 @@ def _commit():
     except OSError: return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
 
-# %% ../nbs/32_records.ipynb #121e4031
+# %% ../nbs/32_records.ipynb #ac2288a6
 def environment() -> dict: # plain values, ready for JSON
     "Versions, hardware and commit, for a run's record."
     cuda = torch.cuda.is_available()
     return {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "numpy": numpy.__version__, "platform": platform.platform(),
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "matmul": matmul_route(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]}
 
 # %% ../nbs/32_records.ipynb #d0ad7e9b

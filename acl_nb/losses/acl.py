@@ -41,7 +41,7 @@ def acl_loss_plain(
     per_anchor = torch.where(c.positive, terms, 0).sum(1) / n_pos.clamp_min(1)
     return per_anchor.sum() / (n_pos > 0).sum().clamp_min(1)
 
-# %% ../../nbs/15_losses.acl.ipynb #f3dad48b
+# %% ../../nbs/15_losses.acl.ipynb #74ece406
 def acl_loss(
     z:torch.Tensor,             # [B, V, D] unit length
     labels:torch.Tensor,        # [B] in 0..C-1
@@ -55,7 +55,7 @@ def acl_loss(
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels
     check_negatives(negatives, class_counts, int(key_labels.max()) + 1)
-    weights = Weights(*column_and_row(batch.labels, key_labels, negatives, class_counts))
+    weights = Weights(*column_and_row(batch.labels, key_labels, negatives, class_counts, batch.z.dtype))
     return tiled_loss(*batch, temperature, aligned, weights)
 
 # %% ../../nbs/15_losses.acl.ipynb #a4a6f4ae

@@ -30,7 +30,7 @@ def bcl_loss_plain(
     mean_pos = torch.where(c.positive, c.sim, 0).sum(1) / c.positive.sum(1)
     return (lse - mean_pos).mean()
 
-# %% ../../nbs/13_losses.bcl.ipynb #6e32a57d
+# %% ../../nbs/13_losses.bcl.ipynb #e868908a
 def bcl_loss(
     z:torch.Tensor,         # [B, V, D] unit length
     labels:torch.Tensor,    # [B] in 0..C-1
@@ -40,7 +40,7 @@ def bcl_loss(
     "Balanced contrastive loss (Zhu et al. 2022)."
     _check_given(centers)
     batch = check_pairs(z, labels, temperature, centers)
-    log_b, _ = column_and_row(batch.labels, batch.key_labels, "batch")                     # −log b
+    log_b, _ = column_and_row(batch.labels, batch.key_labels, "batch", dtype=batch.z.dtype)     # −log b
     own = -(torch.exp(-log_b[:len(batch.z)]) - 1).log()                                    # −log b', the anchor itself not counted
     return tiled_loss(*batch, temperature, aligned=False, weights=Weights(key=log_b, own=own))
 

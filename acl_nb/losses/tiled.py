@@ -213,7 +213,7 @@ def _plain_gradients(grad, args, temperature, aligned, wanted):
         found = iter(torch.autograd.grad(loss, [a for a, w in zip(args, wanted) if w], grad, create_graph=True))
     return [next(found) if w else None for w in wanted]
 
-# %% ../../nbs/11_losses.tiled.ipynb #ce2c9b48
+# %% ../../nbs/11_losses.tiled.ipynb #2cce9a48
 def _filled(weights, z, K):
     "`weights` as tensors in the type of z, zeros where None."
     sizes = (K, len(z), len(z))
@@ -222,7 +222,7 @@ def _filled(weights, z, K):
 @torch.compiler.disable
 def _on_cpu(*args, aligned, method, wanted):
     route = matmul_route() if args[0].dtype == torch.float32 else "mm"
-    return _TiledLoss.apply(*args, aligned, _How(method, 256, route, wanted))
+    return _TiledLoss.apply(*args, aligned, _How(method, 256 if route == "mm" else 128, route, wanted))
 
 # %% ../../nbs/11_losses.tiled.ipynb #0573c9b6
 _BUDGET = 2**28    # bytes of one N×K matrix, above which a device other than the CPU works in tiles too
