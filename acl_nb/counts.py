@@ -71,13 +71,13 @@ def shot_groups(
     masks = {"many": n > many, "medium": (n >= few) & (n <= many), "few": n < few}
     return {k: m.nonzero().flatten() for k, m in masks.items()}
 
-# %% ../nbs/01_counts.ipynb #a8b0f83f
+# %% ../nbs/01_counts.ipynb #a73ddc8d
 def log_prior(
     counts,               # [C] training images of each class, each at least 1
     dtype=torch.float32,  # of the result
 ) -> torch.Tensor:        # [C], log n_j/Σn
     "Log of the class frequencies (Menon et al. 2021; Ren et al. 2020, balanced softmax)."
-    n = torch.as_tensor(counts).double()
+    n = torch.as_tensor(counts).cpu().double()     # not every device has float64
     require(n.ndim == 1 and n.numel() > 0, "`counts` must be a list of class counts", f"shape {tuple(n.shape)}")
     require(bool((n > 0).all()), "every class must have at least one image", f"{n.min():g} in class {int(n.argmin())}")
     return (n / n.sum()).log().to(dtype)

@@ -21,7 +21,7 @@ from .counts import shot_groups
 ATTRACTION, REPULSION, WRONG_WAY, NEUTRAL = "#0072B2", "#E69F00", "#D55E00", "#5B6770"   # Okabe and Ito's palette
 GROUP_SHADES = {"many": "rgba(0,114,178,.10)", "medium": "rgba(0,158,115,.10)", "few": "rgba(204,121,167,.14)"}
 
-# %% ../nbs/31_plots.ipynb #c39b94c8
+# %% ../nbs/31_plots.ipynb #92472e0f
 def styled(
     fig:go.Figure,   # changed in place
     title:str="",    # short; the sentence around a figure says the rest
@@ -29,7 +29,7 @@ def styled(
 ) -> go.Figure:      # the same
     "Give a figure the look of this package."
     fig.update_layout(template="plotly_white", title=title, height=height, margin=dict(l=60, r=20, t=50 if title else 20, b=50),
-                      font=dict(size=13), legend=dict(orientation="h", y=1.0, yanchor="bottom", x=1, xanchor="right"))
+                      font=dict(size=13), legend=dict(orientation="h", y=-60 / height, yanchor="top", x=0))
     return fig
 
 # %% ../nbs/31_plots.ipynb #af6730ee
@@ -118,7 +118,7 @@ def plot_per_class(
     fig.update_yaxes(title="test accuracy", tickformat=".0%", range=[0, 1.05]); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, title)
 
-# %% ../nbs/31_plots.ipynb #f69b8bf9
+# %% ../nbs/31_plots.ipynb #2a013c38
 def plot_balance(
     balance:dict,  # of `class_balance`: attraction, wrong_way, repulsion, each [C]; or {loss name: such a dict}
     counts,        # [C] images of each class; gives the order
@@ -129,13 +129,14 @@ def plot_balance(
     order = torch.as_tensor(counts).argsort(descending=True, stable=True).tolist()
     parts = (("attraction", "attraction", 1, ATTRACTION), ("wrong way", "wrong_way", -1, WRONG_WAY), ("repulsion", "repulsion", -1, REPULSION))
     text = [f"class {j}, {int(counts[j])} images" for j in order]
-    fig = make_subplots(1, len(balance), shared_yaxes=True, subplot_titles=list(balance), horizontal_spacing=.015)
+    names = [name.replace(", ", ",<br>") for name in balance]
+    fig = make_subplots(1, len(balance), shared_yaxes=True, subplot_titles=names, horizontal_spacing=.015, x_title="classes, head → tail")
     for column, b in enumerate(balance.values(), 1):
         total = sum(b[key] for _, key, _, _ in parts)
         for name, key, sign, colour in parts:
             share = sign * torch.where(total > 0, b[key] / total, 0)
             fig.add_trace(go.Bar(y=share[order].tolist(), name=name, marker_color=colour, showlegend=column == 1, customdata=text,
                                  hovertemplate="%{customdata}: %{y:.1%}<extra>" + name + "</extra>"), 1, column)
-    fig.update_xaxes(title="head → tail", showticklabels=False).update_yaxes(tickformat=".0%", range=[-1, 1])
+    fig.update_xaxes(showticklabels=False).update_yaxes(tickformat=".0%", range=[-1, 1]).update_annotations(font_size=12)
     fig.update_yaxes(title="← pushes · pulls →", col=1)
-    return styled(fig, title, 360).update_layout(barmode="relative", bargap=.1, legend=dict(y=-.15, yanchor="top"), margin=dict(t=75, b=70))
+    return styled(fig, title, 360).update_layout(barmode="relative", bargap=.1, legend=dict(y=-.22), margin=dict(t=85, b=90))
