@@ -50,7 +50,7 @@ readme: $(NEEDS) ## README.md from nbs/index.ipynb
 
 outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
 	$(BIN)/nbdev_export
-	for nb in $(NBS); do $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done
+	for nb in $(NBS); do OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done
 	$(BIN)/nbdev_clean
 
 clean: ## remove what can be made again (not .venv, runs or data)

@@ -5,44 +5,53 @@
 # %% auto #0
 __all__ = ['KEEP', 'save_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/40_checkpoints.ipynb #9537c1ab
+# %% ../nbs/40_checkpoints.ipynb #e2e9edad
+import hashlib
 import os
-import pickle
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import torch
 
 from .checks import BadInput
 
-# %% ../nbs/40_checkpoints.ipynb #753af50a
+# %% ../nbs/40_checkpoints.ipynb #113866c7
 KEEP = 2    # checkpoints in the folder
 
-def _files(folder): return sorted(Path(folder).glob("epoch_*.pt"))
+def _files(folder): return sorted(Path(folder).glob("epoch_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
+def _sha(data): return hashlib.sha256(data).hexdigest()[:16]
 
+# %% ../nbs/40_checkpoints.ipynb #a0d8790c
 def save_checkpoint(
     folder,      # made if missing
     epoch:int,   # epochs done so far; names the file
     state:dict,  # tensors, numbers, strings, lists and dicts of them
 ):
-    "Write `epoch_00012.pt`, whole or not at all, and drop all but the last two."
-    folder = Path(folder)
+    "Write `epoch_12_SHA.pt`, whole or not at all, and drop all but the last two."
+    folder, buffer = Path(folder), BytesIO()
     folder.mkdir(parents=True, exist_ok=True)
+    torch.save({**state, "epoch": epoch}, buffer)
     part = folder/"saving.part"
     with open(part, "wb") as f:
-        torch.save({**state, "epoch": epoch}, f)
+        f.write(buffer.getbuffer())
         f.flush(); os.fsync(f.fileno())
-    os.replace(part, folder/f"epoch_{epoch:05d}.pt")
+    os.replace(part, folder/f"epoch_{epoch}_{_sha(buffer.getbuffer())}.pt")
     for old in _files(folder)[:-KEEP]: old.unlink()
 
-# %% ../nbs/40_checkpoints.ipynb #676d2798
+# %% ../nbs/40_checkpoints.ipynb #51a97774
+def _read(path):
+    data = path.read_bytes()
+    if _sha(data) != path.stem.split("_")[-1]: raise ValueError("its checksum does not agree")
+    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+
+# %% ../nbs/40_checkpoints.ipynb #fd740cf4
 def load_checkpoint(
     folder,        # that `save_checkpoint` wrote to
 ) -> dict | None:  # the newest readable state, with "epoch"; None when there is no file
     "Read the newest checkpoint; a broken one is named in a warning and the previous one used."
     files = _files(folder)
     for path in reversed(files):
-        try: return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
-            warnings.warn(f"{path} could not be read ({type(e).__name__}); the checkpoint before it is used")
-    if files: raise BadInput(f"no checkpoint in {folder} can be read; --resume never starts over")
+        try: return _read(path)
+        except Exception as e: warnings.warn(f"{path} could not be read ({e}); the checkpoint before it is used")
+    if files: raise BadInput(f"no checkpoint in {folder} can be read; `--resume never` starts over")

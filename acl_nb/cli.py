@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_folder', 'command', 'parse_settings', 'report_line', 'acl_train']
 
-# %% ../nbs/51_cli.ipynb #457164fb
+# %% ../nbs/51_cli.ipynb #00f631e8
 import re
 import sys
 from dataclasses import asdict
@@ -15,6 +15,7 @@ from pathlib import Path
 from fastcore.script import Param, call_parse
 
 from .checks import BadInput, require
+from .processes import rank
 from .recipes import RECIPES, recipe
 from .records import Run, percent
 from .settings import Recipe
@@ -44,13 +45,15 @@ def command(
         except KeyboardInterrupt: _say("stopped", "the same command goes on from the last finished epoch"); sys.exit(130)
     return run
 
-# %% ../nbs/51_cli.ipynb #847fdee4
+# %% ../nbs/51_cli.ipynb #8c7a5474
 def parse_settings(
     pairs:list,  # texts "field=value"
 ) -> dict:       # field -> text
     "Fields and values of `--set`."
     require(all(re.match(r"\w+=", p) for p in pairs), "--set takes field=value", " ".join(pairs))
-    return dict(p.split("=", 1) for p in pairs)
+    settings = dict(p.split("=", 1) for p in pairs)
+    require(len(settings) == len(pairs), "--set must name a field once", " ".join(pairs))
+    return settings
 
 # %% ../nbs/51_cli.ipynb #4789bbac
 def report_line(
@@ -61,7 +64,7 @@ def report_line(
     groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))
     return f"all classes {percent(s['top1'])}  {groups}  (balanced test set, epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
 
-# %% ../nbs/51_cli.ipynb #53403fa2
+# %% ../nbs/51_cli.ipynb #2591881a
 @call_parse
 @command
 def acl_train(
@@ -74,13 +77,16 @@ def acl_train(
     data:str=None,       # folder of the data set's files
     out:str=None,        # folder for the run; default: under runs/, named after the recipe and what was changed
     resume:str="auto",   # auto: go on with this recipe's run if there is one; never: start over; must
-    set:Param("any other fields, as field=value", str, nargs="*")=(), # texts "field=value"
+    set:Param("any other fields, as field=value", str, nargs="*", action="extend")=None, # texts "field=value"
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
     options = dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data)
-    r = recipe(name, **{k: v for k, v in options.items() if v is not None} | parse_settings(set))
+    options, more = {k: v for k, v in options.items() if v is not None}, parse_settings(set or [])
+    require(not options.keys() & more.keys(), "a field must be given once, by its option or by --set", ", ".join(options.keys() & more.keys()))
+    r = recipe(name, **options, **more)
     out = Path(out) if out else default_folder(r)
-    done = out.is_dir() and resume != "never" and (out/"summary.json").is_file()
+    done = resume != "never" and (out/"recipe.json").is_file() and Run(out).finished
     run = fit(r, out, resume)
-    if done: print(f"{out} holds this run, finished; --resume never trains it anew")
+    if rank() > 0: return
+    if done: print(f"{out} holds this run, finished; `--resume never` would train it anew")
     print(report_line(run))

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'class_counts', 'long_tail_indices', 'shot_groups', 'log_prior']
 
-# %% ../nbs/01_counts.ipynb #9c39a963
+# %% ../nbs/01_counts.ipynb #b8293c23
+import math
+
 import numpy as np
 import torch
 
@@ -19,7 +21,7 @@ def _profile(n_classes, n_max, imbalance, kind):
     if kind == "step":     return [int(n_max) if j < n_classes // 2 else int(n_max / imbalance) for j in range(n_classes)]
     return [int(n_max * (1 / imbalance) ** (j / max(1, n_classes - 1))) for j in range(n_classes)]
 
-# %% ../nbs/01_counts.ipynb #55c5b6f2
+# %% ../nbs/01_counts.ipynb #20628403
 def class_counts(
     n_classes:int,        # C, at least 1
     n_max:float,          # images of the largest class; a real number, for data sets whose size is no multiple of C
@@ -30,6 +32,7 @@ def class_counts(
     require(kind in KINDS, f"`kind` must be one of {', '.join(KINDS)}", repr(kind))
     require(n_classes >= 1, "`n_classes` must be at least 1", n_classes)
     require(imbalance >= 1, "`imbalance` is largest count / smallest count and must be at least 1", imbalance)
+    require(math.isfinite(n_max) and math.isfinite(imbalance), "`n_max` and `imbalance` must be finite", f"{n_max}, {imbalance}")
     counts = _profile(n_classes, n_max, imbalance, kind)
     require(min(counts) >= 1, "every class must keep at least one image", f"{min(counts)} of {n_max:g} at imbalance {imbalance:g}")
     return torch.tensor(counts)
@@ -42,7 +45,7 @@ def _check_supply(targets, counts):
     short = np.flatnonzero(have < counts)
     if len(short): require(False, f"class {short[0]} must have {counts[short[0]]} images to keep", have[short[0]])
 
-# %% ../nbs/01_counts.ipynb #a0450b7c
+# %% ../nbs/01_counts.ipynb #8f75dd93
 def long_tail_indices(
     targets,          # [N] class of every image of the balanced set, in the order of its files
     counts,           # [C] images to keep, e.g. from `class_counts`
@@ -51,6 +54,7 @@ def long_tail_indices(
     "The literature's choice of images for a long-tailed subset (CIFAR-LT since LDAM)."
     targets, counts = np.asarray(targets), np.asarray(counts)
     require(targets.ndim == 1 and targets.size > 0 and targets.min() >= 0, "`targets` must be a non-empty list of labels >= 0", f"shape {targets.shape}")
+    require(counts.ndim == 1 and (counts >= 0).all(), "`counts` must be a list of numbers of images, at least 0", counts.tolist())
     _check_supply(targets, counts)
     rng, kept = np.random.RandomState(seed), []
     for c, n in enumerate(counts):

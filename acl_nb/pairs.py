@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEGATIVES', 'flatten_views', 'Anchors', 'check_pairs', 'Contrast', 'contrast', 'masked_logsumexp', 'key_counts',
-           'check_negatives', 'column_and_row', 'negative_weights']
+           'count_alike', 'check_negatives', 'column_and_row', 'negative_weights']
 
 # %% ../nbs/10_pairs.ipynb #c4fb0324
 from math import log
@@ -23,11 +23,12 @@ def flatten_views(
     "Every view becomes an anchor with its image's label."
     return z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
 
-# %% ../nbs/10_pairs.ipynb #6539c958
+# %% ../nbs/10_pairs.ipynb #f56350c0
 def _check_batch(z, labels, temperature):
     require(z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
     require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
     require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
+    require(not torch.is_tensor(temperature) or not temperature.requires_grad, "`temperature` must be a number; a learnable one gets no gradient here")
     require(temperature > 0, "`temperature` must be positive", temperature)
     require(int(labels.min()) >= 0, "`labels` must be at least 0", int(labels.min()))
 
@@ -110,6 +111,15 @@ def key_counts(
     "Number of keys of each class in the batch."
     return torch.bincount(key_labels, minlength=n_classes or 0)
 
+# %% ../nbs/10_pairs.ipynb #5b09d936
+def count_alike(
+    labels:torch.Tensor,      # [n]
+    key_labels:torch.Tensor,  # [K]
+) -> torch.Tensor:            # int64[n]
+    "Number of keys that have each label."
+    ordered = key_labels.sort().values
+    return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+
 # %% ../nbs/10_pairs.ipynb #1abf8195
 NEGATIVES = ("batch", "prior", "adjusted", "none")
 
@@ -124,7 +134,7 @@ def check_negatives(
     require(class_counts is not None, f'`negatives="{negatives}"` needs `class_counts`')
     require(len(class_counts) >= n_classes, "`class_counts` must cover every class", f"{len(class_counts)} counts for {n_classes} classes")
 
-# %% ../nbs/10_pairs.ipynb #d7c3dbd2
+# %% ../nbs/10_pairs.ipynb #23e621af
 def column_and_row(
     labels:torch.Tensor,      # [N] of the anchors
     key_labels:torch.Tensor,  # [K]
@@ -136,7 +146,7 @@ def column_and_row(
     if negatives == "none": return None, None
     prior = None if class_counts is None or negatives == "batch" else log_prior(class_counts, dtype).to(labels.device)
     if negatives == "prior": return (log(len(prior)) - prior - torch.logsumexp(-prior, 0))[key_labels], None
-    log_b = key_counts(key_labels)[key_labels].to(dtype).log()
+    log_b = count_alike(key_labels, key_labels).to(dtype).log()
     return (-log_b, None) if negatives == "batch" else (prior[key_labels] - log_b, -prior[labels])
 
 # %% ../nbs/10_pairs.ipynb #f9229fc4

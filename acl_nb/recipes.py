@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'LOSS_SETTINGS', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #01c40024
+# %% ../nbs/50_recipes.ipynb #5abbd246
 from dataclasses import fields
 
-from .checks import choose
+from .checks import choose, require
 from .settings import Recipe
 
 # %% ../nbs/50_recipes.ipynb #3d1593c3
@@ -25,14 +25,16 @@ RECIPES = {
 LOSS_SETTINGS = {**{loss: dict(centers="none") for loss in ("ce", "la", "cb", "scl", "paco", "gpaco")},
                  "ldam": dict(centers="none", classifier="cosine"), "bcl": dict(centers="weights"), "acl": dict(centers="weights")}
 
-# %% ../nbs/50_recipes.ipynb #a248582e
+# %% ../nbs/50_recipes.ipynb #e771d75f
 def recipe(
     name:str,     # a key of `RECIPES`
+    /,
     **overrides,  # fields of `Recipe` to change
 ) -> Recipe:      # checked and complete
     "A recipe by name, with fields changed; an unknown name or field is answered with the nearest ones."
     settings = choose(name, RECIPES, "recipe")
     known = {f.name: f for f in fields(Recipe)}
+    require("name" not in overrides, "`name` is the recipe's own and can't be set")
     for field in overrides: choose(field, known, "field")
     loss = overrides.get("loss", settings.get("loss", Recipe.loss))
     return Recipe(**{"name": name, **LOSS_SETTINGS.get(loss, {}), **settings, **overrides})

@@ -42,12 +42,13 @@ def write_json(
     "Write indented JSON."
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
-# %% ../nbs/32_records.ipynb #26d72c63
+# %% ../nbs/32_records.ipynb #f983cdb9
 def _commit():
     "The commit of the code that runs, with + when it was changed since; None outside a checkout."
     git = lambda *a: subprocess.run(["git", *a], cwd=Path(acl_nb.__file__).parent, capture_output=True, text=True)
-    try: head, dirty = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    try: tracked, head, dirty = git("ls-files", "--error-unmatch", "__init__.py"), git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     except OSError: return None
+    if tracked.returncode: return None      # installed below somebody else's checkout
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
 
 # %% ../nbs/32_records.ipynb #ac2288a6
@@ -59,7 +60,7 @@ def environment() -> dict: # plain values, ready for JSON
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "matmul": matmul_route(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]}
 
-# %% ../nbs/32_records.ipynb #d0ad7e9b
+# %% ../nbs/32_records.ipynb #336999b1
 class Run:
     "A run folder: its recipe, history, summary, network and figures."
     def __init__(self,
@@ -67,6 +68,7 @@ class Run:
     ):
         self.path = Path(path)
         require((self.path/"recipe.json").is_file(), "a run folder must hold recipe.json", f"{self.path}")
+        require(isinstance(self.recipe, dict), f"{self.path/'recipe.json'} must hold a recipe")
 
     def _json(self, name):
         try: return json.loads((self.path/name).read_text(encoding="utf-8"))
@@ -77,11 +79,14 @@ class Run:
     env     = property(lambda self: self._json("env.json"), doc="Environment and data, as a dict.")
     summary = property(lambda self: self._json("summary.json"), doc="Results, as a dict; None while the run goes on.")
 
-# %% ../nbs/32_records.ipynb #dc395de1
+# %% ../nbs/32_records.ipynb #06dbc250
 @patch(as_prop=True)
 def history(self:Run): # list of dicts, one an epoch
     path = self.path/"history.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+@patch(as_prop=True)
+def finished(self:Run): return self.summary is not None and (self.path/"report.html").is_file()    # the report is the last file written
 
 @patch(as_prop=True)
 def network(self:Run): return load_network(self.path/"model.safetensors")

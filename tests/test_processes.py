@@ -1,4 +1,11 @@
 "Two processes (gloo, CPU): the gather's gradient, and a training step that equals one process's on the union batch."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -36,3 +43,13 @@ def test_a_step_equals_one_process_on_the_union_batch(tmp_path):
     loss.backward()
     for two, one in zip(torch.load(tmp_path/"two.pt"), (loss.detach(), weight.grad, centers.grad)):
         torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize("loss", ["ce", "acl"])      # ce leaves the projection head without a gradient
+def test_two_processes_train_one_run(tmp_path, loss):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000), "--no-python",
+               str(Path(sys.executable).parent/"acl_train"), "--loss", loss, "--epochs", "3", "--views", "2", "--out", "two", "--set", "dim=8", "hidden=8"]
+    r = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.count("   3/3") == r.stdout.count("all classes") == 1      # one process speaks
+    history = [json.loads(line) for line in open(tmp_path/"two"/"history.jsonl")]
+    assert len(history) == 3 and history[-1]["loss"] < history[0]["loss"]

@@ -6,13 +6,13 @@
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'ImageArray', 'LongTailed', 'hold_out', 'long_tailed', 'digits_lt', 'read_idx',
            'fashion_lt', 'cifar10_lt', 'cifar100_lt']
 
-# %% ../../nbs/02_datasets.arrays.ipynb #a72f82ed
+# %% ../../nbs/02_datasets.arrays.ipynb #23848298
 import gzip
 import hashlib
-import pickle
-import shutil
+import math
 import struct
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,7 +42,7 @@ class ImageArray(Dataset):
         ids = torch.as_tensor(ids)
         return self.images[ids], self.labels[ids], ids
 
-# %% ../../nbs/02_datasets.arrays.ipynb #00963cc6
+# %% ../../nbs/02_datasets.arrays.ipynb #182407ff
 @dataclass
 class LongTailed:
     "A long-tailed training set with its balanced test set."
@@ -52,6 +52,7 @@ class LongTailed:
     classes: list        # names, head to tail
     mean: tuple          # of each channel, of pixels in 0..1
     std: tuple           # of each channel
+    notes: dict = field(default_factory=dict)   # what else the record should say
 
     @property
     def counts(self): # int64[C], training images of each class
@@ -64,7 +65,7 @@ def _digest(*arrays):
         sha.update(a.images.contiguous().numpy().tobytes()); sha.update(a.labels.numpy().astype("<i8").tobytes())
     return sha.hexdigest()
 
-# %% ../../nbs/02_datasets.arrays.ipynb #ccb2c119
+# %% ../../nbs/02_datasets.arrays.ipynb #e9a0db51
 @patch
 def describe(
     self:LongTailed,  # a built set
@@ -73,7 +74,7 @@ def describe(
     n = self.counts
     return {"name": self.name, "classes": len(self.classes), "train": len(self.train), "test": len(self.test),
             "image": list(self.train.images.shape[1:]), "counts": n.tolist(),
-            "imbalance": round(n.max().item() / n.min().item(), 3), "sha256": _digest(self.train, self.test)}
+            "imbalance": round(n.max().item() / n.min().item(), 3), "sha256": _digest(self.train, self.test), **self.notes}
 
 # %% ../../nbs/02_datasets.arrays.ipynb #6fb25efc
 def hold_out(
@@ -106,7 +107,7 @@ def long_tailed(
     ids = long_tail_indices(train.labels, counts, seed)
     return LongTailed(name, ImageArray(train.images[ids], train.labels[ids]), test, list(classes), mean, std)
 
-# %% ../../nbs/02_datasets.arrays.ipynb #a50dfd47
+# %% ../../nbs/02_datasets.arrays.ipynb #a891c92a
 def digits_lt(
     data=None,           # not needed: the images are part of scikit-learn
     imbalance:float=20,  # IF of the training set
@@ -121,31 +122,34 @@ def digits_lt(
     labels = torch.from_numpy(d.target)
     train, test = hold_out(labels, 50)
     parts = [ImageArray(images[ids], labels[ids]) for ids in (train, test)]
-    return long_tailed("digits_lt", *parts, [str(c) for c in range(10)], (0.305,), (0.376,), imbalance, kind, seed, n_max or 120)
+    return long_tailed("digits_lt", *parts, [str(c) for c in range(10)], (0.305,), (0.376,), imbalance, kind, seed, 120 if n_max is None else n_max)
 
-# %% ../../nbs/02_datasets.arrays.ipynb #b18b61a4
+# %% ../../nbs/02_datasets.arrays.ipynb #8adcea8a
 def read_idx(
     path,            # a file in the IDX format, unpacked or gzipped (.gz)
 ) -> torch.Tensor:   # uint8, [n] or [n, H, W]
     "Read one IDX file of unsigned bytes (LeCun's MNIST format)."
     path = Path(path)
     try: raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as e: raise BadInput(f"{path} must be a readable IDX file: {e}")
+    except (OSError, EOFError, zlib.error) as e: raise BadInput(f"{path} must be a readable IDX file: {e}") from None
     require(len(raw) >= 4 and raw[:3] == b"\0\0\x08", f"{path} must start with the IDX magic number of unsigned bytes", raw[:4].hex())
     n = raw[3]
     shape = struct.unpack(f">{n}I", raw[4:4 + 4*n]) if len(raw) >= 4 + 4*n else ()
-    want = 4 + 4*n + int(torch.tensor(shape).prod()) if shape else 4 + 4*n
+    require(shape and min(shape) >= 1, f"{path} must hold at least one item", f"sizes {list(shape)}")
+    want = 4 + 4*n + math.prod(shape)
     require(len(raw) == want, f"{path} must hold {want:,} bytes", f"{len(raw):,}")
     return torch.frombuffer(bytearray(raw[4 + 4*n:]), dtype=torch.uint8).view(shape)
 
-# %% ../../nbs/02_datasets.arrays.ipynb #1516613e
+# %% ../../nbs/02_datasets.arrays.ipynb #3aa056c1
 def _download(dataset, root, what, looked, ways):
     "Fetch by torchvision into `root`, all or nothing; without a connection, one sentence on how to get `what`."
     try:
-        with TemporaryDirectory() as tmp:
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=root) as tmp:
             dataset(tmp, download=True)
-            shutil.copytree(tmp, root, dirs_exist_ok=True)
+            for item in Path(tmp).iterdir(): item.rename(root/item.name)
     except (OSError, RuntimeError) as e:
+        if root.is_dir() and not any(root.iterdir()): root.rmdir()
         raise BadInput(f"{what} not found ({looked}) and the download failed ({str(e).splitlines()[0]}): {ways}") from None
 
 # %% ../../nbs/02_datasets.arrays.ipynb #692824a2
@@ -186,7 +190,7 @@ def _official(base, folder):
     files = [*base.train_list, *base.test_list, [base.meta["filename"], base.meta["md5"]]]
     return all(check_integrity(str(folder/base.base_folder/name), md5) for name, md5 in files)
 
-# %% ../../nbs/02_datasets.arrays.ipynb #ac439350
+# %% ../../nbs/02_datasets.arrays.ipynb #7fe09a1d
 def _read_cifar(base, data):
     "(train, test, class names) of CIFAR-10 or -100 below the folder `data`; None: data/, filled by a download when online."
     folder, where = Path(data or "data"), f"looked for {base.base_folder}/ in {data or 'data'}"
@@ -194,12 +198,12 @@ def _read_cifar(base, data):
     if data is None and not (folder/base.base_folder).is_dir(): _download(base, folder, base.__name__, where, ways)
     require((folder/base.base_folder).is_dir(), f"{base.__name__} not found ({where}): {ways}")
     try: train, test = (_unchecked(base)(folder, train=t) for t in (True, False))
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+    except Exception as e:     # whatever a damaged pickle may raise
         raise BadInput(f"{folder/base.base_folder} must hold readable CIFAR files: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
     arrays = [ImageArray(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in (train, test)]
-    return *arrays, train.classes
+    return *arrays, train.classes, {"official_files": _official(base, folder)}
 
-# %% ../../nbs/02_datasets.arrays.ipynb #21fa376f
+# %% ../../nbs/02_datasets.arrays.ipynb #f86f2496
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 def cifar10_lt(
@@ -210,10 +214,10 @@ def cifar10_lt(
     n_max:float=None,     # images of the largest class; default 5,000
 ) -> LongTailed:
     "CIFAR-10-LT (Cao et al. 2019), uint8 [3, 32, 32], the official 10,000 test images."
-    train, test, classes = _read_cifar(CIFAR10, data)
-    return long_tailed("cifar10_lt", train, test, classes, CIFAR_MEAN, CIFAR_STD, imbalance, kind, seed, n_max)
+    train, test, classes, notes = _read_cifar(CIFAR10, data)
+    return replace(long_tailed("cifar10_lt", train, test, classes, CIFAR_MEAN, CIFAR_STD, imbalance, kind, seed, n_max), notes=notes)
 
-# %% ../../nbs/02_datasets.arrays.ipynb #49f14f23
+# %% ../../nbs/02_datasets.arrays.ipynb #3c0d532e
 def cifar100_lt(
     data=None,            # folder that holds cifar-100-python/; default: data/, filled by a download when online
     imbalance:float=100,  # IF of the training set
@@ -222,5 +226,5 @@ def cifar100_lt(
     n_max:float=None,     # images of the largest class; default 500
 ) -> LongTailed:
     "CIFAR-100-LT (Cao et al. 2019), uint8 [3, 32, 32]; normalised by CIFAR-10's statistics, as the literature does."
-    train, test, classes = _read_cifar(CIFAR100, data)
-    return long_tailed("cifar100_lt", train, test, classes, CIFAR_MEAN, CIFAR_STD, imbalance, kind, seed, n_max)
+    train, test, classes, notes = _read_cifar(CIFAR100, data)
+    return replace(long_tailed("cifar100_lt", train, test, classes, CIFAR_MEAN, CIFAR_STD, imbalance, kind, seed, n_max), notes=notes)

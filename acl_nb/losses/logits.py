@@ -14,12 +14,12 @@ from torch import nn
 from ..checks import require
 from ..counts import log_prior
 
-# %% ../../nbs/16_losses.logits.ipynb #671688c8
+# %% ../../nbs/16_losses.logits.ipynb #59721d5a
 def _flat(logits, labels):
     "[N, C] logits (float32 at least) and [N] labels of [B, C] or [B, V, C] logits and [B] labels."
     require(logits.ndim in (2, 3) and len(logits) >= 1, "`logits` must be [B, C] or [B, V, C], B >= 1", list(logits.shape))
     require(labels.shape == logits.shape[:1], f"`labels` must be [B] = [{len(logits)}]", list(labels.shape))
-    require(not labels.is_floating_point(), "`labels` must be whole numbers", labels.dtype)
+    require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
     low, high, C = int(labels.min()), int(labels.max()), logits.shape[-1]
     require(0 <= low and high < C, f"`labels` must lie in 0..{C - 1}", low if low < 0 else high)
     if logits.ndim == 3: labels = labels.repeat_interleave(logits.shape[1])
