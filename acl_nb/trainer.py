@@ -60,13 +60,13 @@ def _build_network(recipe, data):
     channels = len(data.mean)
     return Network(len(data.classes), channels, recipe.encoder, recipe.dim, recipe.hidden, recipe.classifier, recipe.scale, recipe.centers)
 
-# %% ../nbs/42_trainer.ipynb #7a41cf11
+# %% ../nbs/42_trainer.ipynb #0399d88d
 def _build_optimizer(recipe, network, total):
     sgd = torch.optim.SGD(network.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     return sgd, LambdaLR(sgd, lambda step: lr_factor(min(step, total - 1), total, recipe.schedule, recipe.warmup))
 
 def _pipelines(recipe, data):
-    size = data.train.images.shape[-1]
+    size = data.train.shape[-1]
     make = lambda policies: ViewPipeline(policies, size, data.mean, data.std, recipe.seed)
     return make([recipe.policy] * recipe.views), make("plain")
 

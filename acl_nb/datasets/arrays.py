@@ -25,7 +25,7 @@ from torchvision.datasets.utils import check_integrity
 from ..checks import BadInput, require
 from ..counts import class_counts, long_tail_indices
 
-# %% ../../nbs/02_datasets.arrays.ipynb #e55d025f
+# %% ../../nbs/02_datasets.arrays.ipynb #e92beb0b
 class ImageArray(Dataset):
     "Images as one uint8 tensor [n, C, H, W] and their labels [n]; an item is (image, label, position)."
     def __init__(self,
@@ -42,7 +42,18 @@ class ImageArray(Dataset):
         ids = torch.as_tensor(ids)
         return self.images[ids], self.labels[ids], ids
 
-# %% ../../nbs/02_datasets.arrays.ipynb #182407ff
+    @property
+    def shape(self): return list(self.images.shape[1:])                   # [C, H, W]
+    def subset(self,
+        ids,  # positions
+    ):        # another `ImageArray`
+        return ImageArray(self.images[ids], self.labels[ids])
+    def digest_into(self,
+        sha,  # a hashlib object; takes every pixel and label, in order
+    ):
+        sha.update(self.images.contiguous().numpy().tobytes()); sha.update(self.labels.numpy().astype("<i8").tobytes())
+
+# %% ../../nbs/02_datasets.arrays.ipynb #b58d8239
 @dataclass
 class LongTailed:
     "A long-tailed training set with its balanced test set."
@@ -52,28 +63,28 @@ class LongTailed:
     classes: list        # names, head to tail
     mean: tuple          # of each channel, of pixels in 0..1
     std: tuple           # of each channel
+    split: str = "test"  # which part of the published data `test` is
     notes: dict = field(default_factory=dict)   # what else the record should say
 
     @property
     def counts(self): # int64[C], training images of each class
         return torch.bincount(self.train.labels, minlength=len(self.classes))
 
-# %% ../../nbs/02_datasets.arrays.ipynb #cf343a43
-def _digest(*arrays):
+# %% ../../nbs/02_datasets.arrays.ipynb #432b18d6
+def _digest(*parts):
     sha = hashlib.sha256()
-    for a in arrays:
-        sha.update(a.images.contiguous().numpy().tobytes()); sha.update(a.labels.numpy().astype("<i8").tobytes())
+    for p in parts: p.digest_into(sha)
     return sha.hexdigest()
 
-# %% ../../nbs/02_datasets.arrays.ipynb #e9a0db51
+# %% ../../nbs/02_datasets.arrays.ipynb #bc1c6c45
 @patch
 def describe(
     self:LongTailed,  # a built set
 ) -> dict:            # plain values, ready for JSON
-    "What a run's record says of its data: sizes, counts, imbalance, and a SHA-256 over all pixels and labels."
+    "What a run's record says of its data: sizes, counts, imbalance, and a SHA-256 over the images and labels of both parts."
     n = self.counts
-    return {"name": self.name, "classes": len(self.classes), "train": len(self.train), "test": len(self.test),
-            "image": list(self.train.images.shape[1:]), "counts": n.tolist(),
+    return {"name": self.name, "classes": len(self.classes), "train": len(self.train), "test": len(self.test), "split": self.split,
+            "image": self.train.shape, "counts": n.tolist(),
             "imbalance": round(n.max().item() / n.min().item(), 3), "sha256": _digest(self.train, self.test), **self.notes}
 
 # %% ../../nbs/02_datasets.arrays.ipynb #6fb25efc
@@ -89,7 +100,7 @@ def hold_out(
     keep[test] = False
     return keep.nonzero().flatten(), test
 
-# %% ../../nbs/02_datasets.arrays.ipynb #171d8797
+# %% ../../nbs/02_datasets.arrays.ipynb #84a7e25e
 def long_tailed(
     name:str,           # of the builder
     train:ImageArray,   # all training images, balanced or nearly so
@@ -105,7 +116,7 @@ def long_tailed(
     "Cut a balanced training set to a long tail."
     counts = class_counts(len(classes), len(train) / len(classes) if n_max is None else n_max, imbalance, kind)
     ids = long_tail_indices(train.labels, counts, seed)
-    return LongTailed(name, ImageArray(train.images[ids], train.labels[ids]), test, list(classes), mean, std)
+    return LongTailed(name, train.subset(ids), test, list(classes), mean, std)
 
 # %% ../../nbs/02_datasets.arrays.ipynb #a891c92a
 def digits_lt(
