@@ -1,6 +1,8 @@
 "What is built from the repository: the wheel, and README.md from nbs/index.ipynb."
+import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -27,3 +29,17 @@ def test_readme_is_made_from_the_index_notebook(tmp_path):
     path = f"{tmp_path/'.ci/bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["nbdev_readme"], cwd=tmp_path, check=True, env={**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path)}, capture_output=True)
     assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
+
+def test_readme_shows_the_recorded_numbers():
+    runs = json.loads((ROOT/"nbs/studies/results/digits_lt.json").read_text())["runs"]
+    readme = (ROOT/"README.md").read_text()
+    for loss in {name.split("/")[0] for name in runs}:
+        for key in ("top1", "many", "medium", "few"):
+            values = [100 * r[key] for name, r in runs.items() if name.split("/")[0] == loss]
+            assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" in next(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
+
+def test_every_notebook_is_executed():
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        assert any(c["outputs"] for c in cells), f"{path.name} has no outputs: run `make outputs`"
+        assert "Warning" not in json.dumps([c["outputs"] for c in cells]), f"{path.name} stores a warning"
