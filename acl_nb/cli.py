@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'ACTIONS', 'default_folder', 'command', 'parse_settings', 'report_line', 'acl_train', 'benchmark_rows',
-           'check_data', 'acl_data']
+           'check_data', 'glyphs_report', 'acl_data']
 
-# %% ../nbs/51_cli.ipynb #65770f01
+# %% ../nbs/51_cli.ipynb #d8130668
 import re
 import sys
 from dataclasses import asdict
@@ -19,6 +19,7 @@ from fastcore.script import Param, call_parse, store_true
 from .checks import BadInput, choose, require
 from .counts import class_counts, shot_groups
 from .datasets import BENCHMARKS, DATASETS, benchmark_files, check_files, fetch_lists, find_list, load_lists
+from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .processes import rank
 from .recipes import RECIPES, recipe
 from .records import Run, percent
@@ -95,8 +96,8 @@ def acl_train(
     if done: print(f"{out} holds this run, finished; `--resume never` would train it anew")
     print(report_line(run))
 
-# %% ../nbs/51_cli.ipynb #284e891c
-PROFILES = {"digits_lt": (10, 120, 20), "fashion_lt": (10, 6000, 100), "cifar10_lt": (10, 5000, 100), "cifar100_lt": (100, 500, 100)}   # the builders' own: classes, largest class, imbalance
+# %% ../nbs/51_cli.ipynb #edc4cf10
+PROFILES = {"digits_lt": (10, 120, 20), "fashion_lt": (10, 6000, 100), "glyphs_lt": (89, 500, 100), "cifar10_lt": (10, 5000, 100), "cifar100_lt": (100, 500, 100)}   # the builders' own: classes, largest class, imbalance
 
 # %% ../nbs/51_cli.ipynb #6c0dc442
 def benchmark_rows(
@@ -147,18 +148,38 @@ def _check(name, data, base, decode):
     require(name, f"`name` must be given: check takes one of {', '.join({**DATASETS, **BENCHMARKS})}")
     for line in check_data(name, data, decode): print(line)
 
-# %% ../nbs/51_cli.ipynb #8820632a
-ACTIONS = {"list": _list, "fetch": _fetch, "check": _check}
+# %% ../nbs/51_cli.ipynb #18fb5a80
+def glyphs_report(
+    data:str=None,  # folder of the cache; default: data/glyphs
+    folders=None,   # where the fonts are; default: the system's folders
+) -> str:           # lines to print
+    "What the fonts of this machine give, and what to install."
+    fonts = find_fonts(folders)
+    faces = cached_faces(data or "data/glyphs", folders)
+    lines = [f"{len(fonts):,} font files, {len(faces):,} usable faces in {len(set(faces.families)):,} families"]
+    for rule, names in faces.left_out.items():
+        some = ", ".join(dict.fromkeys(n[0] for n in names[:3]))
+        lines.append(f"  {rule}: {len(names)} ({some}{', …' if len(names) > 3 else ''})" + ("; the other case is kept" if rule.endswith("only") else ""))
+    lines.append(f"the full set on Debian and Ubuntu: apt-get install -y --no-install-recommends {' '.join(DEBIAN_FONTS)}")
+    try: lines.append("glyphs_lt: ready, sha256 " + glyphs_from(faces).describe()["sha256"])
+    except BadInput as e: lines.append(f"glyphs_lt: not ready, {e}")
+    return "\n".join(lines)
 
-# %% ../nbs/51_cli.ipynb #17dbd8c6
+# %% ../nbs/51_cli.ipynb #680ea2ed
+def _glyphs(name, data, base, decode): print(glyphs_report(Path(data)/"glyphs"))
+
+# %% ../nbs/51_cli.ipynb #58ae43d6
+ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "glyphs": _glyphs}
+
+# %% ../nbs/51_cli.ipynb #48021322
 @call_parse
 @command
 def acl_data(
-    action:Param("list, fetch or check", str, opt=False, nargs="?")="list", # a key of `ACTIONS`
+    action:Param("list, fetch, check or glyphs", str, opt=False, nargs="?")="list", # a key of `ACTIONS`
     name:Param("of the data set", str, opt=False, nargs="?")=None,          # a key of `BENCHMARKS` or `DATASETS`
     data:str="data",           # folder of the lists and images
     base:str=None,             # address to fetch lists from; default: $ACL_LISTS_URL, else public code that ships them
     decode:store_true=False,   # check: also decode every image
 ): # prints
-    "List the data sets, fetch the list files of a benchmark, or check that all is there."
+    "List the data sets, fetch the list files of a benchmark, check that all is there, or say what the fonts here give."
     choose(action, ACTIONS, "action")(name, data, base, decode)

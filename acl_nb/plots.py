@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['ATTRACTION', 'REPULSION', 'WRONG_WAY', 'NEUTRAL', 'GROUP_SHADES', 'styled', 'show', 'plot_counts', 'plot_images',
-           'plot_curves', 'plot_per_class', 'plot_balance']
+           'show_samples', 'plot_curves', 'plot_per_class', 'plot_balance']
 
-# %% ../nbs/31_plots.ipynb #600ce0b9
+# %% ../nbs/31_plots.ipynb #8759917f
+import html
 import json
 import zlib
+from base64 import b64encode
+from io import BytesIO
 
 import plotly.graph_objects as go
 import torch
+from PIL import Image
 from plotly.subplots import make_subplots
 
 from .checks import require
@@ -32,14 +36,14 @@ def styled(
                       font=dict(size=13), legend=dict(orientation="h", y=-60 / height, yanchor="top", x=0))
     return fig
 
-# %% ../nbs/31_plots.ipynb #af6730ee
+# %% ../nbs/31_plots.ipynb #20dd98a4
 def show(
     fig:go.Figure,  # to be displayed
 ):
     "Display a figure so that it works in JupyterLab and in the rendered pages."
     from IPython.display import display
-    html = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=f"figure-{zlib.crc32(fig.to_json().encode())}")
-    display({"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/html": html}, raw=True)
+    page = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=f"figure-{zlib.crc32(fig.to_json().encode())}")
+    display({"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/html": page}, raw=True)
 
 # %% ../nbs/31_plots.ipynb #8dd74843
 def _shade_groups(fig, counts, many, few):
@@ -82,6 +86,58 @@ def plot_images(
         fig.add_trace(go.Image(z=im.tolist(), hoverinfo="skip"), i // columns + 1, i % columns + 1)
     fig.update_xaxes(visible=False); fig.update_yaxes(visible=False); fig.update_annotations(font_size=11)
     return styled(fig, height=rows * pixels + 40 + (20 if titles else 0)).update_layout(margin=dict(l=5, r=5, t=30, b=5), width=min(n, columns) * (pixels + 6) + 20)
+
+# %% ../nbs/31_plots.ipynb #0c291a7e
+def _picture(images, columns, gap=2, shade=90):
+    "One RGB picture of uint8 [n, C, H, W], row by row, with lines between the images."
+    n, _, H, W = images.shape
+    rows = -(-n // columns)
+    page = torch.full((rows * columns, 3, H + gap, W + gap), shade, dtype=torch.uint8)
+    page[:n, :, gap:, gap:] = images
+    return page.view(rows, columns, 3, H + gap, W + gap).permute(0, 3, 1, 4, 2).reshape(rows * (H + gap), columns * (W + gap), 3)
+
+def _png(picture):
+    "A picture as the text of a data address."
+    png = BytesIO()
+    Image.fromarray(picture.numpy()).save(png, "PNG", optimize=True)
+    return "data:image/png;base64," + b64encode(png.getvalue()).decode()
+
+# %% ../nbs/31_plots.ipynb #ee03d572
+def _spread(counts, k=12):
+    "Ids of k classes, evenly from head to tail."
+    order = counts.argsort(descending=True, stable=True)
+    return order[torch.linspace(0, len(order) - 1, min(k, len(order))).round().long()].tolist()
+
+def _tiles(part, classes, per_class):
+    "uint8 [classes·per_class, C, H, W], the first images of each class, then black."
+    tiles = torch.zeros(len(classes), per_class, *part.images.shape[1:], dtype=torch.uint8)
+    for row, c in zip(tiles, classes):
+        ids = (part.labels == c).nonzero().flatten()[:per_class]
+        row[:len(ids)] = part.images[ids]
+    return tiles.flatten(0, 1)
+
+# %% ../nbs/31_plots.ipynb #45adf3e5
+def show_samples(
+    data,               # a `LongTailed` set
+    per_class:int=10,   # images of each class; a class with fewer leaves black ones
+    classes:list=None,  # class ids, one a row; default: 12 from head to tail
+    part:str="train",   # train | test
+    pixels:int=36,      # height of a row on the page
+) -> go.Figure:
+    "Images of some classes, a class a row, head to tail."
+    n = data.counts
+    classes = _spread(n) if classes is None else sorted(classes, key=lambda c: -n[c].item() if 0 <= c < len(n) else 0)
+    require(part in ("train", "test"), "`part` must be train or test", repr(part))
+    require(len(classes) > 0 and min(classes) >= 0 and max(classes) < len(n), f"`classes` must be ids in 0..{len(n) - 1}", classes)
+    require(per_class >= 1, "`per_class` must be at least 1", per_class)
+    picture = _picture(_tiles(getattr(data, part), classes, per_class), per_class)
+    H, step = picture.shape[0], picture.shape[0] / len(classes)
+    fig = go.Figure(go.Image(source=_png(picture), hoverinfo="skip"))
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(tickvals=[(k + .5) * step for k in range(len(classes))], range=[H, 0], zeroline=False, showgrid=False,
+                     ticktext=[f"{html.escape(str(data.classes[c]))} · {n[c]:,}" for c in classes])
+    styled(fig, height=len(classes) * pixels + 40)
+    return fig.update_layout(margin=dict(l=110, r=5, t=10, b=10), width=per_class * pixels + 150)
 
 # %% ../nbs/31_plots.ipynb #5a44c304
 def plot_curves(

@@ -11,12 +11,13 @@ from dataclasses import fields
 from .checks import choose, require
 from .settings import Recipe
 
-# %% ../nbs/50_recipes.ipynb #3d1593c3
+# %% ../nbs/50_recipes.ipynb #84e6cad3
 _CIFAR = dict(policy="cifar_basic", views=3, imbalance=100, encoder="resnet32", dim=128, hidden=512, epochs=200, batch_size=256, lr=0.15,
               weight_decay=5e-4, schedule="steps", warmup=0.025, weight=0.3)
 RECIPES = {
     "digits_lt":   dict(dataset="digits_lt", policy="digits", views=3, imbalance=20, encoder="resnet8", epochs=60, batch_size=64, lr=0.1, weight=0.3),
     "fashion_lt":  dict(dataset="fashion_lt", policy="fashion", views=3, imbalance=100, encoder="resnet8", dim=64, epochs=30, batch_size=128, lr=0.1, weight=0.3),
+    "glyphs_lt":   dict(dataset="glyphs_lt", policy="glyphs", views=2, imbalance=100, encoder="resnet8", dim=64, epochs=40, batch_size=128, lr=0.1, weight=0.3),
     "cifar10_lt":  dict(dataset="cifar10_lt", **_CIFAR),
     "cifar100_lt": dict(dataset="cifar100_lt", **_CIFAR),
 }

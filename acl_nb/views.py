@@ -83,13 +83,14 @@ def random_erase(
     hole = inside(top, H)[:, None, :, None] & inside(left, W)[:, None, None, :] & (u[:, 2] < p)[:, None, None, None]
     return images.masked_fill(hole, 0)
 
-# %% ../nbs/03_views.ipynb #d4a093d5
+# %% ../nbs/03_views.ipynb #c8ed1d2b
 def _plain(images, draw):   return images
 def _digits(images, draw):  return random_erase(random_shift(images, draw, 1), draw, 3, p=0.5)
 def _fashion(images, draw): return random_erase(random_flip(random_shift(images, draw, 2), draw), draw, 8, p=0.5)
+def _glyphs(images, draw):  return random_erase(random_shift(images, draw, 2), draw, 8, p=0.5)
 def _cifar(images, draw):   return random_erase(random_flip(random_shift(images, draw, 4), draw), draw, 16)
 
-POLICIES = {"plain": _plain, "digits": _digits, "fashion": _fashion, "cifar_basic": _cifar}
+POLICIES = {"plain": _plain, "digits": _digits, "fashion": _fashion, "glyphs": _glyphs, "cifar_basic": _cifar}
 
 # %% ../nbs/03_views.ipynb #c92f96cd
 class ViewPipeline:

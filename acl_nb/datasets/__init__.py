@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'BENCHMARKS', 'ImageArray', 'ImageFiles', 'LongTailed', 'benchmark_files', 'check_files', 'cifar10_lt',
-           'cifar100_lt', 'dataset_lt', 'digits_lt', 'fashion_lt', 'fetch_lists', 'find_list', 'folder_lt', 'imagenet',
-           'imagenet_lt', 'inaturalist18', 'load_lists', 'places_lt', 'validation_split']
+           'cifar100_lt', 'dataset_lt', 'digits_lt', 'fashion_lt', 'fetch_lists', 'find_list', 'folder_lt', 'glyphs_lt',
+           'imagenet', 'imagenet_lt', 'inaturalist18', 'load_lists', 'places_lt', 'validation_split']
 
-# %% ../../nbs/06_datasets.ipynb #0d69a071
+# %% ../../nbs/06_datasets.ipynb #c0b04cd2
 from .arrays import ImageArray, LongTailed, cifar10_lt, cifar100_lt, digits_lt, fashion_lt
 from .files import ImageFiles, benchmark_files, check_files, imagenet_lt, inaturalist18, places_lt
+from .glyphs import glyphs_lt
 from .lists import BENCHMARKS, fetch_lists, find_list, load_lists
 from .own import dataset_lt, folder_lt, imagenet, validation_split
 
-# %% ../../nbs/06_datasets.ipynb #fa575694
+# %% ../../nbs/06_datasets.ipynb #3b1e2151
 _all_ = ["BENCHMARKS", "ImageArray", "ImageFiles", "LongTailed", "benchmark_files", "check_files", "cifar10_lt", "cifar100_lt", "dataset_lt", "digits_lt", "fashion_lt", "fetch_lists",
-         "find_list", "folder_lt", "imagenet", "imagenet_lt", "inaturalist18", "load_lists", "places_lt", "validation_split"]
+         "find_list", "folder_lt", "glyphs_lt", "imagenet", "imagenet_lt", "inaturalist18", "load_lists", "places_lt", "validation_split"]
 
-# %% ../../nbs/06_datasets.ipynb #959df9c5
-DATASETS = {f.__name__: f for f in (digits_lt, fashion_lt, cifar10_lt, cifar100_lt, imagenet_lt, places_lt, inaturalist18, imagenet, folder_lt)}
+# %% ../../nbs/06_datasets.ipynb #9943e804
+DATASETS = {f.__name__: f for f in (digits_lt, fashion_lt, glyphs_lt, cifar10_lt, cifar100_lt, imagenet_lt, places_lt, inaturalist18, imagenet, folder_lt)}
