@@ -45,13 +45,14 @@ def show(
     page = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=f"figure-{zlib.crc32(fig.to_json().encode())}")
     display({"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/html": page}, raw=True)
 
-# %% ../nbs/31_plots.ipynb #8dd74843
+# %% ../nbs/31_plots.ipynb #6c3005fe
 def _shade_groups(fig, counts, many, few):
     "Shade the ranges of the groups; `counts` must run from head to tail."
     for name, ids in shot_groups(counts, many, few).items():
         if len(ids) == 0: continue
-        fig.add_vrect(x0=ids.min().item() - .5, x1=ids.max().item() + .5, fillcolor=GROUP_SHADES[name], line_width=0, layer="below",
-                      annotation_text=name, annotation_position="outside top left", annotation_font_size=11)
+        start = ids.min().item() - .5
+        fig.add_vrect(x0=start, x1=ids.max().item() + .5, fillcolor=GROUP_SHADES[name], line_width=0, layer="below")
+        fig.add_annotation(x=start, y=1, yref="paper", xanchor="left", yanchor="bottom", text=name, showarrow=False, font_size=11)
 
 # %% ../nbs/31_plots.ipynb #09ff7f1c
 def plot_counts(
