@@ -34,9 +34,10 @@ clean-check: $(NEEDS)
 sync-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_export && diff -r $(SKIP) $(CURDIR)/acl_nb acl_nb || { echo 'acl_nb/ differs from what the notebooks export: edit nbs/, then run nbdev_export'; exit 1; }
 
-bench: $(NEEDS) ## speed and memory of the losses against the bare matrix products and a peer
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps pytorch-metric-learning
+bench: $(NEEDS) ## speed and memory of the losses and the views, against peers
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps pytorch-metric-learning kornia kornia_rs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_views.py
 
 lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

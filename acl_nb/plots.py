@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTRACTION', 'REPULSION', 'WRONG_WAY', 'NEUTRAL', 'GROUP_SHADES', 'styled', 'show', 'plot_counts', 'plot_images',
-           'show_samples', 'plot_curves', 'plot_per_class', 'plot_balance']
+           'show_views', 'show_samples', 'plot_curves', 'plot_per_class', 'plot_balance']
 
-# %% ../nbs/31_plots.ipynb #8759917f
+# %% ../nbs/31_plots.ipynb #e7055a4d
 import html
 import json
 import zlib
@@ -15,6 +15,7 @@ from io import BytesIO
 
 import plotly.graph_objects as go
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from plotly.subplots import make_subplots
 
@@ -72,22 +73,6 @@ def plot_counts(
     fig.update_yaxes(type="log", title="training images", dtick=1); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, f"{title}: {n.sum():,} images, {len(n)} classes, imbalance {n.max() / n.min():.4g}".removeprefix(": "))
 
-# %% ../nbs/31_plots.ipynb #8896f649
-def plot_images(
-    images:torch.Tensor,  # uint8 [n, C, H, W], C = 1 or 3
-    titles:list=None,     # n texts, above each image
-    columns:int=10,       # images in a row
-    pixels:int=64,        # size of an image on the page
-) -> go.Figure:
-    "A grid of images, row by row."
-    require(images.ndim == 4 and images.shape[1] in (1, 3), "`images` must be [n, 1 or 3, H, W]", list(images.shape))
-    n, rows = len(images), -(-len(images) // columns)
-    fig = make_subplots(rows, min(n, columns), subplot_titles=titles, horizontal_spacing=.01, vertical_spacing=.02 if not titles else .12 / rows)
-    for i, im in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)):
-        fig.add_trace(go.Image(z=im.tolist(), hoverinfo="skip"), i // columns + 1, i % columns + 1)
-    fig.update_xaxes(visible=False); fig.update_yaxes(visible=False); fig.update_annotations(font_size=11)
-    return styled(fig, height=rows * pixels + 40 + (20 if titles else 0)).update_layout(margin=dict(l=5, r=5, t=30, b=5), width=min(n, columns) * (pixels + 6) + 20)
-
 # %% ../nbs/31_plots.ipynb #0c291a7e
 def _picture(images, columns, gap=2, shade=90):
     "One RGB picture of uint8 [n, C, H, W], row by row, with lines between the images."
@@ -103,6 +88,41 @@ def _png(picture):
     Image.fromarray(picture.numpy()).save(png, "PNG", optimize=True)
     return "data:image/png;base64," + b64encode(png.getvalue()).decode()
 
+# %% ../nbs/31_plots.ipynb #8478b712
+def plot_images(
+    images:torch.Tensor,     # uint8 [n, C, H, W], C = 1 or 3
+    columns:int=10,          # images in a row
+    row_names:list=None,     # texts, left of each row
+    column_names:list=None,  # texts, above each column
+    pixels:int=64,           # size of an image on the page
+) -> go.Figure:
+    "A grid of images, row by row."
+    require(images.ndim == 4 and images.shape[1] in (1, 3), "`images` must be [n, 1 or 3, H, W]", list(images.shape))
+    columns = min(columns, len(images))
+    picture = _picture(images, columns, gap=1 if images.shape[-1] < 16 else 2)
+    (height, width), rows = picture.shape[:2], -(-len(images) // columns)
+    middle = lambda names, step: dict(tickvals=[(k + .5) * step for k in range(len(names or []))], ticktext=list(names or []), zeroline=False, showgrid=False)
+    fig = styled(go.Figure(go.Image(source=_png(picture), hoverinfo="skip")), height=rows * pixels + (75 if column_names else 20))
+    turned = column_names is not None and max(map(len, column_names)) * 7 > pixels
+    fig.update_xaxes(side="top", range=[0, width], tickangle=-40 if turned else 0, **middle(column_names, width / columns))
+    fig.update_yaxes(range=[height, 0], **middle(row_names, height / rows))
+    left, right = 110 if row_names else 5, 50 if turned else 5                      # a turned name reaches beyond its column
+    return fig.update_layout(margin=dict(l=left, r=right, t=65 if column_names else 10, b=10), width=columns * pixels + left + right)
+
+# %% ../nbs/31_plots.ipynb #91e00622
+def show_views(
+    images:torch.Tensor,  # uint8 [B, C, H, W] or [C, H, W]
+    pipeline,             # a `ViewPipeline`
+    epoch:int=0,          # whose draws to show
+    pixels:int=72,        # size of an image on the page
+) -> go.Figure:
+    "The views of some images, a row an image, a column a view."
+    images = images[None] if images.ndim == 3 else images
+    mean, std = (t[:, None, None] for t in (pipeline.mean, pipeline.std))
+    views = ((pipeline(images, epoch=epoch).float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)        # [B, V, C, H, W]
+    original = F.interpolate(images.float(), views.shape[-2:], mode="area").round().to(torch.uint8)
+    return plot_images(torch.cat([original[:, None], views], 1).flatten(0, 1), views.shape[1] + 1, column_names=["image", *pipeline.names], pixels=pixels)
+
 # %% ../nbs/31_plots.ipynb #ee03d572
 def _spread(counts, k=12):
     "Ids of k classes, evenly from head to tail."
@@ -117,7 +137,7 @@ def _tiles(part, classes, per_class):
         row[:len(ids)] = part.images[ids]
     return tiles.flatten(0, 1)
 
-# %% ../nbs/31_plots.ipynb #45adf3e5
+# %% ../nbs/31_plots.ipynb #58dc3b14
 def show_samples(
     data,               # a `LongTailed` set
     per_class:int=10,   # images of each class; a class with fewer leaves black ones
@@ -131,14 +151,8 @@ def show_samples(
     require(part in ("train", "test"), "`part` must be train or test", repr(part))
     require(len(classes) > 0 and min(classes) >= 0 and max(classes) < len(n), f"`classes` must be ids in 0..{len(n) - 1}", classes)
     require(per_class >= 1, "`per_class` must be at least 1", per_class)
-    picture = _picture(_tiles(getattr(data, part), classes, per_class), per_class)
-    H, step = picture.shape[0], picture.shape[0] / len(classes)
-    fig = go.Figure(go.Image(source=_png(picture), hoverinfo="skip"))
-    fig.update_xaxes(visible=False)
-    fig.update_yaxes(tickvals=[(k + .5) * step for k in range(len(classes))], range=[H, 0], zeroline=False, showgrid=False,
-                     ticktext=[f"{html.escape(str(data.classes[c]))} · {n[c]:,}" for c in classes])
-    styled(fig, height=len(classes) * pixels + 40)
-    return fig.update_layout(margin=dict(l=110, r=5, t=10, b=10), width=per_class * pixels + 150)
+    names = [f"{html.escape(str(data.classes[c]))} · {n[c]:,}" for c in classes]
+    return plot_images(_tiles(getattr(data, part), classes, per_class), per_class, names, pixels=pixels)
 
 # %% ../nbs/31_plots.ipynb #5a44c304
 def plot_curves(

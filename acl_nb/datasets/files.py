@@ -6,14 +6,16 @@
 __all__ = ['middle_square', 'read_image', 'Pictures', 'ImageFiles', 'check_files', 'benchmark_files', 'imagenet_lt',
            'inaturalist18', 'places_lt']
 
-# %% ../../nbs/04_datasets.files.ipynb #8eb6990a
+# %% ../../nbs/04_datasets.files.ipynb #22386303
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import center_crop, resize
@@ -44,7 +46,7 @@ def read_image(
     require(image.dtype == torch.uint8 and image.ndim == 3, f"{path} must be one picture of 8 bits a channel", f"{image.dtype} {list(image.shape)}")
     return middle_square(image, size)
 
-# %% ../../nbs/04_datasets.files.ipynb #c810b0b0
+# %% ../../nbs/04_datasets.files.ipynb #eca1e0f5
 class Pictures(Dataset):
     "What data sets have in common whose images are loaded one by one: `_load(i)` gives uint8 [3, H, W] or raises `BadInput`."
     def __init__(self,
@@ -54,15 +56,18 @@ class Pictures(Dataset):
         on_error,  # raise | skip
     ):
         require(on_error in ("raise", "skip"), "`on_error` must be raise or skip", repr(on_error))
-        self.labels, self.classes, self.size, self.on_error = labels, classes, size, on_error
+        self.labels, self.classes, self.size, self.on_error, self.views = labels, classes, size, on_error, None
         self.broken = torch.zeros(len(labels), dtype=torch.bool).share_memory_()   # [n], met and not readable
 
+    @property
+    def shape(self): return [3, self.size, self.size] if self.views is None else [3, self.views.size, self.views.size]
     def __len__(self): return len(self.labels)
-    def __getitem__(self, i): return self._load(i), self.labels[i], i
+    def _image(self, i): return self._load(i) if self.views is None else self.views.cut(self._load(i), i, self.epoch.item())
+    def __getitem__(self, i): return self._image(i), self.labels[i], i
     def __getitems__(self, ids):
         good, images = [], []
         for i in torch.as_tensor(ids).tolist():
-            try: images.append(self._load(i)); good.append(i)
+            try: images.append(self._image(i)); good.append(i)
             except BadInput:
                 if self.on_error == "raise": raise
                 self.broken[i] = True
@@ -70,7 +75,18 @@ class Pictures(Dataset):
         same = len({x.shape for x in images}) == 1
         return torch.stack(images) if same else images, self.labels[good], torch.tensor(good)
 
-# %% ../../nbs/04_datasets.files.ipynb #338fe38f
+# %% ../../nbs/04_datasets.files.ipynb #2b0b3217
+@patch
+def cut_by(self:Pictures,
+    pipeline,   # a `ViewPipeline`
+):              # a copy whose images are crops, uint8 [V, 3, S, S]; write the epoch with `.epoch.fill_(e)`
+    "The same pictures, each as the crops that a pipeline makes of it."
+    other = copy(self)
+    other.views, other.epoch = pipeline, torch.zeros((), dtype=torch.int64).share_memory_()
+    other.size = None
+    return other
+
+# %% ../../nbs/04_datasets.files.ipynb #a79fc30c
 class ImageFiles(Pictures):
     "Image files below a root; an item is (image uint8 [3, H, W], label, position), a batch stacks them when they are of one size."
     def __init__(self,
@@ -80,7 +96,7 @@ class ImageFiles(Pictures):
         on_error:str="raise",  # a file that cannot be decoded: raise | skip (a batch comes without it, `skipped` names it)
     ):
         super().__init__(index.labels, index.classes, size, on_error)
-        self.index, self.root, self.shape = index, Path(root), [3, size, size]
+        self.index, self.root = index, Path(root)
 
     def _load(self, i): return read_image(os.path.join(self.root, self.index.path(i)), self.size)
     @property

@@ -111,7 +111,7 @@ def _picture(item, where):
             f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__)
     return x.expand(3, -1, -1)
 
-# %% ../../nbs/05_datasets.own.ipynb #de77eb40
+# %% ../../nbs/05_datasets.own.ipynb #f8203355
 class _Mapped(Pictures):
     "Some items of a map-style data set, as `ImageFiles` has files."
     def __init__(self,
@@ -126,7 +126,7 @@ class _Mapped(Pictures):
         self.dataset, self.ids = dataset, torch.as_tensor(ids)
     def _load(self, i): return middle_square(_picture(self.dataset[int(self.ids[i])], f"item {int(self.ids[i])}"), self.size)
     @property
-    def shape(self): return list(self[0][0].shape)
+    def shape(self): return super().shape if self.size or self.views else list(self[0][0].shape)
     @property
     def skipped(self): return self.ids[self.broken].tolist()
     def subset(self,

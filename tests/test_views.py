@@ -1,0 +1,85 @@
+"The same bytes for an image's view, whatever the batch, the order, the workers and the processes."
+import hashlib
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from acl_nb.datasets.files import Pictures
+from acl_nb.trainer import EpochBatches
+from acl_nb.views import POLICIES, Draws, ViewPipeline
+
+N, SEED, EPOCH = 260, 3, 4
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+def picture(i, size=32):
+    "Smooth colours and some noise, from whole numbers alone: the same everywhere."
+    x, y = torch.arange(size), torch.arange(size)[:, None]
+    noise = (x * 7919 + y * 104729 + i * 1299709) % 31
+    return torch.stack([(x * (3 + c) + y * (5 - c) + 40 * c + 11 * i + noise) % 256 for c in range(3)]).to(torch.uint8)
+
+class Gallery(Pictures):
+    def __init__(self): super().__init__(torch.zeros(N, dtype=torch.long), ["any"], None, "raise")
+    def _load(self, i): return picture(i, 48)
+
+def pipeline(policies=("cifar_regular", "cifar_sim", "cifar_sim_blur"), size=32): return ViewPipeline(list(policies), size, MEAN, STD, seed=SEED)
+
+def third_view_of_17(loader, views):
+    "From an epoch's batches (images or crops, labels, ids)."
+    for images, _, ids in loader:
+        if 17 in ids.tolist(): return views(images, ids, EPOCH)[ids.tolist().index(17), 2]
+
+def batches(dataset, batch_size, workers=0): return DataLoader(dataset, batch_sampler=EpochBatches(N, batch_size), num_workers=workers, collate_fn=lambda batch: batch)
+
+def one_rank(r, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=r, world_size=2)
+    dataset = Gallery().cut_by(pipeline())
+    dataset.epoch.fill_(EPOCH)
+    view = third_view_of_17(batches(dataset, 16), pipeline())
+    if view is not None: torch.save(view, f"{folder}/view.pt")
+    dist.destroy_process_group()
+
+def test_image_17_in_its_third_view(tmp_path):
+    dataset = Gallery().cut_by(pipeline())
+    dataset.epoch.fill_(EPOCH)
+    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    views = {f"batches of {b}, {w} workers": third_view_of_17(batches(dataset, b, w), pipeline()) for b, w in ((8, 0), (256, 0), (8, 2), (256, 2))}
+    views["two processes"] = torch.load(tmp_path/"view.pt")
+    first = views["batches of 8, 0 workers"]
+    for name, view in views.items(): assert torch.equal(view, first), name
+    other = third_view_of_17(batches(dataset, 8), ViewPipeline(["plain", "cifar_sim", "cifar_sim_blur"], 32, MEAN, STD, seed=SEED))
+    assert torch.equal(other, first)                                  # nor does it depend on the other views
+    dataset.epoch.fill_(EPOCH + 1)
+    assert not torch.equal(third_view_of_17(batches(dataset, 8), pipeline()), first)
+
+@settings(max_examples=25, deadline=None)
+@given(ids=st.lists(st.integers(0, 2**40), min_size=1, max_size=40, unique=True), name=st.sampled_from(sorted(POLICIES)), size=st.sampled_from([5, 12, 32]), data=st.data())
+def test_an_image_alone_is_an_image_among_others(ids, name, size, data):
+    images = torch.stack([picture(i % 1000, size) for i in ids])
+    whole = pipeline([name] * 2, size)(images, torch.tensor(ids), EPOCH)
+    some = data.draw(st.lists(st.sampled_from(range(len(ids))), min_size=1, unique=True))
+    assert torch.equal(pipeline([name] * 2, size)(images[some], torch.tensor(ids)[some], EPOCH), whole[some])
+
+DIGESTS = {"cifar_basic": "621a6b7c2881cd5a",
+           "cifar_regular": "dd89f238df877db1",
+           "cifar_sim": "25e32f939ac68f37",
+           "cifar_sim_blur": "e12c3af8a9ca3d88",
+           "digits": "e7828a57b2269b6c",
+           "eval": "12a0228fd429125a",
+           "fashion": "3123738fa1bdec5f",
+           "glyphs": "c8ea41c4c893a69b",
+           "imagenet_rand": "78d34bf10294bbed",
+           "imagenet_sim": "a158017979bfa01a",
+           "imagenet_sim_rand": "548a16f0b729db55",
+           "plain": "12a0228fd429125a"}
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_bytes_are_those_of_every_machine(name):
+    images = torch.stack([picture(i) for i in range(64)])
+    out = POLICIES[name](images, Draws(torch.arange(64), SEED, EPOCH, 1))
+    assert hashlib.sha256(out.numpy().tobytes()).hexdigest()[:16] == DIGESTS[name]
