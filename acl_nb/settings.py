@@ -34,7 +34,7 @@ def lr_factor(
     first = math.ceil(warmup * total)
     return (step + 1) / (first + 1) if step < first else choose(schedule, SCHEDULES, "schedule")(step / total)
 
-# %% ../nbs/39_settings.ipynb #da648dea
+# %% ../nbs/39_settings.ipynb #5cdcee30
 @dataclass(frozen=True)
 class Recipe:
     "All settings of a run; checked when made, never changed after."
@@ -68,21 +68,32 @@ class Recipe:
     schedule: str = "cosine"        # cosine | steps (a tenth at 80 %, again at 90 % of the run) | constant
     warmup: float = 0.05            # share of the run with a rising learning rate
     seed: int = 0                   # of initial weights, batches and views
+    accumulate: int = 1             # batches whose mean gradient makes one step
+    clip: float | None = None       # largest norm of a step's gradient; None: as it comes
+    ema: float | None = None        # decay of a running average of the weights, which is then what is tested and saved; None: the weights themselves
+    queue: int = 0                  # past keys kept for paco and gpaco
+    key_momentum: float = 0.999     # of paco's second encoder
+    precision: str = "auto"         # of the encoder: auto (bf16 where the device has it natively, else fp32) | fp32 | bf16 | fp16
+    channels_last: bool = True      # memory layout of the images
+    compile: bool = False           # the encoder through `torch.compile`
+    sync_bn: bool = False           # batch statistics of all GPUs together
+    deterministic: bool = False     # refuse operations whose result may vary from run to run
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         _check_together(self)
 
-# %% ../nbs/39_settings.ipynb #1cc12178
+# %% ../nbs/39_settings.ipynb #4abe30d4
 _RULES = {"imbalance": (lambda v: v >= 1, "at least 1 (largest count / smallest count)"), "n_max": (lambda v: v >= 1, "at least 1"),
-          "weight": (lambda v: v >= 0, "at least 0"), "warmup": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-          "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"), "weight_decay": (lambda v: v >= 0, "at least 0"),
+          "weight": (lambda v: v >= 0, "at least 0"), "weight_decay": (lambda v: v >= 0, "at least 0"),
           "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"), "subset_seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"),
-          "batch_size": (lambda v: v >= 2, "at least 2"), "tau": (lambda v: v >= 0, "at least 0"), "alpha": (lambda v: v >= 0, "at least 0")}
-_RULES |= {k: (lambda v: v > 0, "positive") for k in ("temperature", "lr", "scale")}
-_RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden")}
+          "batch_size": (lambda v: v >= 2, "at least 2"), "tau": (lambda v: v >= 0, "at least 0"), "alpha": (lambda v: v >= 0, "at least 0"),
+          "queue": (lambda v: v >= 0, "at least 0")}
+_RULES |= {k: (lambda v: v > 0, "positive") for k in ("temperature", "lr", "scale", "clip")}
+_RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden", "accumulate")}
+_RULES |= {k: (lambda v: 0 <= v < 1, "at least 0 and below 1") for k in ("warmup", "momentum", "ema", "key_momentum")}
 _TABLES = {"dataset": DATASETS, "policy": POLICIES, "loss": LOSSES, "encoder": ENCODERS, "classifier": CLASSIFIERS, "centers": CENTERS,
-           "negatives": dict.fromkeys(NEGATIVES), "kind": dict.fromkeys(KINDS), "schedule": SCHEDULES}
+           "negatives": dict.fromkeys(NEGATIVES), "kind": dict.fromkeys(KINDS), "schedule": SCHEDULES, "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16"))}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 # %% ../nbs/39_settings.ipynb #e981b4ce
@@ -108,9 +119,10 @@ def _checked(name, value, kind):
     if name in _TABLES: choose(v, _TABLES[name], name)
     return v
 
-# %% ../nbs/39_settings.ipynb #602a7162
+# %% ../nbs/39_settings.ipynb #35b33f47
 def _check_together(r):
     "Rules that join two fields."
-    require(r.loss != "paco", '`loss="paco"` needs a momentum encoder and a queue, which this version does not have; "gpaco" does without')
+    require(r.loss != "paco" or r.views >= 2, '`loss="paco"` compares a view with others: `views` must be at least 2', r.views)
+    require(r.queue == 0 or r.loss in ("paco", "gpaco"), "`queue` must be 0: of the losses, only paco and gpaco read one", f"{r.queue} with {r.loss}")
     require(r.loss != "bcl" or r.centers != "none", '`loss="bcl"` needs class centres: `centers` must be weights or free', r.centers)
     require(r.loss != "ldam" or r.classifier == "cosine", '`loss="ldam"` has margins between cosines: `classifier` must be cosine', r.classifier)
