@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EpochBatches', 'find_setup', 'start_processes', 'Parts']
 
-# %% ../nbs/41_parts.ipynb #7454a85a
+# %% ../nbs/41_parts.ipynb #c7509958
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -71,7 +71,11 @@ def _build_network(recipe, data):
     if recipe.sync_bn: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(memory_format=torch.channels_last) if recipe.channels_last else net
 
-# %% ../nbs/41_parts.ipynb #4dae1c21
+# %% ../nbs/41_parts.ipynb #914672db
+def _freeze_unread(r, network):
+    if r.loss in ("ce", "la", "ldam", "cb"): network.head.requires_grad_(False)
+    if r.loss not in ("scl", "bcl", "acl") and network.centers is not None: network.centers.requires_grad_(False)
+
 def _build_objective(r, counts):
     return Objective(r.loss, counts, r.weight, temperature=r.temperature, aligned=r.aligned, negatives=r.negatives, tau=r.tau, alpha=r.alpha, scale=r.scale)
 
@@ -83,11 +87,12 @@ def _pipelines(r, data):
     make = lambda policies: ViewPipeline(policies, data.train.shape[-1], data.mean, data.std, r.seed)
     return make([r.policy] * r.views), make("plain")
 
-# %% ../nbs/41_parts.ipynb #612a50ad
+# %% ../nbs/41_parts.ipynb #8b99ef94
 def start_processes() -> Accelerator: # with this process's device; one process when nothing launched more
     "Join the processes of this launch."
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)     # a projection head under plain cross-entropy
-    return Accelerator(mixed_precision="no", kwargs_handlers=[unused])      # precision is the recipe's
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    assert accelerator.num_processes == world_size() and (world_size() == 1 or accelerator.use_distributed)
+    return accelerator
 
 # %% ../nbs/41_parts.ipynb #ebd8d22d
 class Parts:
@@ -107,10 +112,11 @@ class Parts:
         self._learning(_build_network(recipe, self.data).to(self.device))
         seed_rank(recipe.seed)
 
-# %% ../nbs/41_parts.ipynb #b8f790c9
+# %% ../nbs/41_parts.ipynb #5543a0a1
 @patch
 def _learning(self:Parts, bare):
     r, self.bare = self.recipe, bare
+    _freeze_unread(r, bare)
     self.copy = MomentumCopy(bare, r.key_momentum) if r.loss == "paco" else None
     self.queue = KeyQueue(r.queue, r.dim).to(self.device) if r.queue else None
     if r.compile: bare.encoder.compile()
