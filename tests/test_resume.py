@@ -32,7 +32,7 @@ class Forgetful(CifarResNet):
 def train(out, settings, save_every=300.):
     from acl_nb.cli import acl_train
     ENCODERS["forgetful"] = lambda channels: Forgetful(8, channels, width=8)
-    acl_train("digits_lt", out=str(out), save_every=save_every, set=[*SMALL, *settings])
+    acl_train("digits_lt", out=str(out), save_every=save_every, set=list({s.split("=")[0]: s for s in [*SMALL, *settings]}.values()))
 
 def content(folder):
     "What two runs of a recipe have in common: history without timings, weights, and the trainer's state."
@@ -99,7 +99,7 @@ def test_stopped_in_mid_epoch_and_gone_on(tmp_path):
         time.sleep(random.Random(attempt).uniform(0.1, 0.4))
         os.kill(group[0].pid, signal.SIGTERM)
         code, = finish(group)
-        assert code in (0, 143), (tmp_path/"said").read_text()
+        assert code in (0, 143, -signal.SIGTERM), (tmp_path/"said").read_text()      # the last: outside of training there is nothing to save
         if code == 0: break
     assert attempt > 0 and content(tmp_path/"run") == content(tmp_path/"whole")
 
@@ -144,4 +144,4 @@ def test_a_rank_that_dies_ends_the_others(tmp_path, how):
     first, second = finish(group)
     assert first not in (0, None) and second not in (0, None) and time.time() - died < 60
     said = (tmp_path/"said").read_text()
-    assert ("no room for this rank" in said) == (how == "raised") and "onnection closed by peer" in said
+    assert ("no room for this rank" in said) == (how == "raised") and "by peer" in said                # closed or reset
