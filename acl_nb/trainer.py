@@ -169,12 +169,11 @@ def run(self:Training): # to the end, from wherever it is
     self.tell("finish")
     return self
 
-# %% ../nbs/42_trainer.ipynb #71344492
-def _hooks(parts, out, quiet, save_every, tensorboard, interrupts, hooks):
+# %% ../nbs/42_trainer.ipynb #35aee8d8
+def _hooks(parts, more, quiet, saver):
     "In the order of their turn: the checkpoint holds what the others have made of the step."
     ema = [Ema(parts.bare, parts.recipe.ema)] if parts.recipe.ema is not None else []
-    scalars = [Scalars(out/"tensorboard")] if tensorboard else []
-    return [*ema, *hooks, Progress(quiet), *scalars, Saver(out, save_every, interrupts)]
+    return [*ema, *more, Progress(quiet), saver]
 
 def _prepare(recipe, out, going_on, accelerator):
     "(parts, state to go on from): a run keeps the setup it began with."
@@ -195,7 +194,7 @@ def _be_deterministic(on):
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
 
-# %% ../nbs/42_trainer.ipynb #c38b0316
+# %% ../nbs/42_trainer.ipynb #da6f58eb
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
@@ -209,10 +208,11 @@ def fit(
     out, accelerator = Path(out), start_processes()
     going_on = open_folder(recipe, out, resume)
     if going_on and Run(out).finished and recipe.data == Run(out).recipe["data"]: return Run(out)
+    if tensorboard: hooks = [*hooks, Scalars(out/"tensorboard")]
     _be_deterministic(recipe.deterministic)
     parts, state = _prepare(recipe, out, going_on, accelerator)
     with Interrupts() as interrupts:
-        training = Training(parts, _hooks(parts, out, quiet, save_every, tensorboard, interrupts, hooks))
+        training = Training(parts, _hooks(parts, hooks, quiet, Saver(out, save_every, interrupts)))
         if state: training.load_state_dict(state)
         try: training.run()
         except Diverged as e: raise _explained(e, training, out) from None
