@@ -24,7 +24,7 @@ from .processes import all_max, gather_objects, rank
 from .records import Run, percent, write_json, write_report, write_text
 from .settings import Recipe
 
-# %% ../nbs/41_hooks.ipynb #3ab85323
+# %% ../nbs/41_hooks.ipynb #eddc1d53
 class Progress:
     "Progress bars and an epoch table on the terminal."
     def __init__(self,
@@ -35,13 +35,13 @@ class Progress:
     def say(self, line): # text for the terminal, above the bar
         if not self.quiet: tqdm.write(line)
 
-    def begin(self, run):
+    def begin(self, run): # the `Training`; the table's head
         self.started, self.before = time.monotonic(), run.step
         self.say(f"{'epoch':>9}{'loss':>9}{'all':>9}{'many':>9}{'medium':>9}{'few':>9}")
 
-# %% ../nbs/41_hooks.ipynb #b9a6fbe1
+# %% ../nbs/41_hooks.ipynb #b0f57391
 @patch
-def after_step(self:Progress, run):
+def after_step(self:Progress, run): # the `Training`; the bar moves
     if self.bar is None:
         name = f"epoch {run.epoch + 1}/{run.parts.recipe.epochs}"
         self.bar = tqdm(total=run.parts.steps, initial=(run.step - 1) % run.parts.steps, desc=name, unit="step", disable=True if self.quiet else None, leave=False, dynamic_ncols=True)
@@ -51,9 +51,9 @@ def after_step(self:Progress, run):
         self.bar.set_postfix(loss=f"{run.values[0]:.3f}", accuracy=self.accuracy, run=left, refresh=False)
     self.bar.update()
 
-# %% ../nbs/41_hooks.ipynb #ff036791
+# %% ../nbs/41_hooks.ipynb #57208f15
 @patch
-def after_epoch(self:Progress, run):
+def after_epoch(self:Progress, run): # the `Training`; a line of the table
     if self.bar is not None: self.bar.close()
     row, epochs, self.bar = run.history[-1], run.parts.recipe.epochs, None
     self.accuracy = percent(row["top1"])
@@ -61,7 +61,7 @@ def after_epoch(self:Progress, run):
     groups = "".join(f"{percent(row[k]):>9}" for k in ("top1", "many", "medium", "few"))
     self.say(f"{row['epoch']:>5}/{epochs:<3}{row['loss']:>9.3f}{groups}")
 
-# %% ../nbs/41_hooks.ipynb #32e99b93
+# %% ../nbs/41_hooks.ipynb #73d33b2f
 class Scalars:
     "Write every number of the history to TensorBoard."
     def __init__(self,
@@ -71,17 +71,17 @@ class Scalars:
         except ImportError: raise BadInput("`tensorboard` must be installed to write its files: pip install 'acl_nb[tensorboard]'") from None
         self.folder, self.writer = folder, SummaryWriter
 
-    def begin(self, run): # what a killed run wrote after its last checkpoint is dropped
+    def begin(self, run): # the `Training`; what a killed run wrote after its last checkpoint is dropped
         self.writer = self.writer(str(self.folder), purge_step=len(run.history) + 1) if rank() == 0 else None
 
-    def after_epoch(self, run):
+    def after_epoch(self, run): # the `Training`
         if self.writer is None: return
         row = run.history[-1]
         for k, v in row.items():
             if k != "epoch" and v is not None: self.writer.add_scalar(k, v, row["epoch"])
         self.writer.flush()
 
-# %% ../nbs/41_hooks.ipynb #142814ef
+# %% ../nbs/41_hooks.ipynb #232d0e6a
 class Ema:
     "Test and save a running average of the weights."
     def __init__(self,
@@ -89,10 +89,10 @@ class Ema:
         decay:float,      # kept of the average at each step, below 1
     ): self.copy = MomentumCopy(network, decay)
 
-    def begin(self, run): run.tested = self.copy.module
-    def after_step(self, run): self.copy.update(run.parts.bare)
+    def begin(self, run): run.tested = self.copy.module                     # the `Training`
+    def after_step(self, run): self.copy.update(run.parts.bare)             # the `Training`
     def state_dict(self): return self.copy.state_dict()
-    def load_state_dict(self, state): self.copy.load_state_dict(state)
+    def load_state_dict(self, state): self.copy.load_state_dict(state)      # of `state_dict`
 
 # %% ../nbs/41_hooks.ipynb #86568113
 class Diverged(RuntimeError):
@@ -123,7 +123,7 @@ class Interrupts:
     def __exit__(self, *error):
         for number, handler in self.before.items(): signal.signal(number, handler)
 
-# %% ../nbs/41_hooks.ipynb #b88bef32
+# %% ../nbs/41_hooks.ipynb #6ffe61c1
 class Saver:
     "Keep a run's folder: checkpoints and history on the way, network, summary and report at the end."
     def __init__(self,
@@ -136,14 +136,14 @@ class Saver:
 
     def _vote(self): return all_max(self.interrupts.code or int(rank() == 0 and time.monotonic() - self.saved >= self.every))
 
-    def after_step(self, run):
+    def after_step(self, run): # the `Training`
         if not (code := self._vote()): return
         self.save(run)
         if code > 1: raise Stopped(code)
 
-# %% ../nbs/41_hooks.ipynb #d33962d2
+# %% ../nbs/41_hooks.ipynb #d105248d
 @patch
-def save(self:Saver, run): # a checkpoint of the run as it is
+def save(self:Saver, run): # the `Training`, as it is
     if not run.parts.is_finite(): raise Diverged(f"after step {run.step} weights are no longer numbers")
     random = gather_objects(random_state())
     hooks = {type(h).__name__: h.state_dict() for h in run.hooks if hasattr(h, "state_dict")}
@@ -152,13 +152,13 @@ def save(self:Saver, run): # a checkpoint of the run as it is
 
 def _write_history(out, history): write_text(out/"history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
-# %% ../nbs/41_hooks.ipynb #a7ad9105
+# %% ../nbs/41_hooks.ipynb #7a847cb3
 @patch
-def begin(self:Saver, run): # a run killed between checkpoint and history lacks the last line
+def begin(self:Saver, run): # the `Training`; one killed between checkpoint and history lacks the last line
     if rank() == 0 and run.history: _write_history(self.out, run.history)
 
 @patch
-def after_epoch(self:Saver, run):
+def after_epoch(self:Saver, run): # the `Training`
     self.save(run)
     if rank() == 0: _write_history(self.out, run.history)
     if (code := self._vote()) > 1: raise Stopped(code)
@@ -170,9 +170,9 @@ def _summary(recipe, history, scores):
     return {**scores, "best_top1": max(top1), "best_epoch": 1 + top1.index(max(top1)), "last5_top1": sum(last5) / len(last5), "epochs": len(history),
             "seconds": round(sum(row["seconds"] for row in history), 2), "seed": recipe.seed, "loss": recipe.loss, "views": recipe.views, "recipe": recipe.name}
 
-# %% ../nbs/41_hooks.ipynb #98de890c
+# %% ../nbs/41_hooks.ipynb #538431e7
 @patch
-def finish(self:Saver, run):
+def finish(self:Saver, run): # the `Training`, done
     if rank() > 0: return
     save_network(run.tested, self.out/"model.safetensors")
     write_json(self.out/"summary.json", _summary(run.parts.recipe, run.history, run.scores))
