@@ -79,7 +79,7 @@ def report_line(
     groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))
     return f"all classes {percent(s['top1'])}  {groups}  (balanced test set, epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
 
-# %% ../nbs/51_cli.ipynb #89263ece
+# %% ../nbs/51_cli.ipynb #e9c16828
 @call_parse
 @command
 def acl_train(
@@ -94,6 +94,7 @@ def acl_train(
     resume:str="auto",   # auto: go on with this recipe's run if there is one; never: start over; must
     save_every:float=300,          # seconds between checkpoints within an epoch
     tensorboard:store_true=False,  # write scalars to OUT/tensorboard too
+    workers:int=None,              # processes that load images; default: none for images in memory, else one a CPU, 8 at most
     set:Param("any other fields, as field=value", str, nargs="*", action="extend")=None, # texts "field=value"
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
@@ -103,7 +104,7 @@ def acl_train(
     r = recipe(name, **options, **more)
     out = Path(out) if out else default_folder(r)
     done = resume != "never" and (out/"recipe.json").is_file() and Run(out).finished
-    run = fit(r, out, resume, save_every=save_every, tensorboard=tensorboard)
+    run = fit(r, out, resume, save_every=save_every, tensorboard=tensorboard, workers=workers)
     if rank() > 0: return
     if done: print(f"{out} holds this run, finished; `--resume never` would train it anew")
     print(report_line(run))

@@ -37,7 +37,13 @@ def contents(self:KeyQueue) -> tuple: # keys [m, D] and labels [m], m <= size, i
     m = min(int(self.pushed), len(self.keys))
     return self.keys[:m].clone(), self.labels[:m].clone()
 
-# %% ../nbs/22_momentum.ipynb #91729dcf
+# %% ../nbs/22_momentum.ipynb #f66b302e
+def _check_push(keys, labels, dim):
+    require(keys.ndim == 2 and keys.shape[1] == dim and labels.shape == keys.shape[:1], f"`keys` must be [n, {dim}] with n `labels`", f"{list(keys.shape)} and {list(labels.shape)}")
+    require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
+    if len(keys): _check_unit("keys", keys)
+
+# %% ../nbs/22_momentum.ipynb #2eeeabd8
 @patch
 @torch.no_grad()
 def push(self:KeyQueue,
@@ -46,16 +52,13 @@ def push(self:KeyQueue,
 ):
     "Add keys; the oldest make room."
     size, dim = self.keys.shape
-    require(keys.ndim == 2 and keys.shape[1] == dim and labels.shape == keys.shape[:1], f"`keys` must be [n, {dim}] with n `labels`", f"{list(keys.shape)} and {list(labels.shape)}")
-    require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
-    if len(keys) == 0: return
-    _check_unit("keys", keys)
+    _check_push(keys, labels, dim)
     rows = (self.pushed + torch.arange(len(keys), device=self.keys.device))[-size:] % size
     self.keys[rows] = F.normalize(keys[-size:].to(self.keys), dim=1)
     self.labels[rows] = labels[-size:].to(self.labels)
     self.pushed += len(keys)
 
-# %% ../nbs/22_momentum.ipynb #23bd9b3d
+# %% ../nbs/22_momentum.ipynb #658ba943
 class MomentumCopy(nn.Module):
     "A copy of a module that follows it slowly, without gradient; the copy is `.module`."
     def __init__(self,
@@ -67,9 +70,11 @@ class MomentumCopy(nn.Module):
         self.module, self.momentum = deepcopy(module).requires_grad_(False), momentum
         self.train(module.training)
 
-    @torch.no_grad()
-    def forward(self, *args, **kwargs): # those of the module -> what the module returns, without gradient
-        return self.module(*args, **kwargs)
+# %% ../nbs/22_momentum.ipynb #e8f700fd
+@patch
+@torch.no_grad()
+def forward(self:MomentumCopy, *args, **kwargs): # those of the module -> what the module returns, without gradient
+    return self.module(*args, **kwargs)
 
 # %% ../nbs/22_momentum.ipynb #32c887ad
 def _tensors(module): return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_loss', 'Training', 'predict', 'fit']
 
-# %% ../nbs/42_trainer.ipynb #3889c60c
+# %% ../nbs/42_trainer.ipynb #b09995d5
 import os
 import time
 from itertools import islice
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from .checkpoints import latest, load_checkpoint, set_random_state
 from .checks import BadInput
@@ -23,7 +22,7 @@ from .hooks import Diverged, Ema, Interrupts, Progress, Saver, Scalars
 from .metrics import evaluate
 from .networks import Output
 from .pairs import flatten_views
-from .parts import Parts, find_setup, start_processes
+from .parts import Parts, find_setup, load_batches, start_processes
 from .processes import all_gather, all_sum, copy_from_first, rank, world_size
 from .records import Run
 from .settings import Recipe
@@ -115,7 +114,7 @@ def train_step(self:Training, batches): # a list of one batch, or of `accumulate
     for k, v in zip(means, self.values): self.sums[k] = self.sums.get(k, 0) + v * len(batches)
     self.batch += len(batches); self.step += 1
 
-# %% ../nbs/42_trainer.ipynb #9d50cf84
+# %% ../nbs/42_trainer.ipynb #6fb82efb
 @torch.inference_mode()
 def predict(
     network:nn.Module,      # a `Network`
@@ -123,23 +122,24 @@ def predict(
     pipeline:ViewPipeline,  # with one view, "plain"
     device="cpu",           # where the network is
     batch_size:int=512,     # images at once
+    workers:int=0,          # processes that load images
 ) -> tuple:                 # logits [n, C], labels [n], on the CPU
     "Plain logits for every image of a data set; each process computes a part, all get the whole."
     network.eval()
     n = len(dataset)
     mine = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)][rank()::world_size()]
     logits, labels = torch.zeros(n, network.settings["n_classes"], device=device), torch.zeros(n, dtype=torch.long, device=device)
-    for ids, (x, y, _) in zip(mine, DataLoader(dataset, batch_sampler=mine, collate_fn=lambda batch: batch)):
+    for ids, (x, y, _) in zip(mine, load_batches(dataset, mine, workers)):
         logits[ids.start:ids.stop] = network.predict(pipeline(x.to(device))[:, 0]).float()
         labels[ids.start:ids.stop] = y.to(device)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
-# %% ../nbs/42_trainer.ipynb #33f43ff2
+# %% ../nbs/42_trainer.ipynb #fcb700b7
 @patch
 def test(self:Training): # a line of the history; the scores stay in `scores`
     p = self.parts
     copy_from_first(self.tested.buffers())                  # running statistics are each process's own
-    logits, labels = predict(self.tested, p.data.test, p.plain, p.device)
+    logits, labels = predict(self.tested, p.data.test, p.plain, p.device, workers=p.workers)
     if not logits.isfinite().all(): raise Diverged("the logits of the test images are no longer numbers")
     self.scores = evaluate(logits, labels, p.data.counts)
     return {"epoch": self.epoch + 1, "lr": p.lr(self.epoch * p.steps), **{k: v / self.batch for k, v in self.sums.items()},
@@ -169,16 +169,16 @@ def run(self:Training): # to the end, from wherever it is
     self.tell("finish")
     return self
 
-# %% ../nbs/42_trainer.ipynb #35aee8d8
+# %% ../nbs/42_trainer.ipynb #0d467a8b
 def _hooks(parts, more, quiet, saver):
     "In the order of their turn: the checkpoint holds what the others have made of the step."
     ema = [Ema(parts.bare, parts.recipe.ema)] if parts.recipe.ema is not None else []
     return [*ema, *more, Progress(quiet), saver]
 
-def _prepare(recipe, out, going_on, accelerator):
-    "(parts, state to go on from): a run keeps the setup it began with."
-    state = load_checkpoint(out/"checkpoint") if going_on else None
-    parts = Parts(recipe, accelerator, state and {**find_setup(recipe, accelerator.device), "precision": state["setup"]["precision"]})
+def _prepare(recipe, out, going_on, accelerator, workers):
+    "(parts, state to go on from): a run keeps the precision it began with."
+    state, setup = load_checkpoint(out/"checkpoint") if going_on else None, find_setup(recipe, accelerator.device)
+    parts = Parts(recipe, accelerator, {**setup, "precision": state["setup"]["precision"]} if state else setup, workers)
     if going_on: check_data(parts.data, Run(out))
     accelerator.wait_for_everyone()             # everyone has looked before anyone writes
     if not state and rank() == 0: begin_folder(recipe, out, parts.data, parts.setup)
@@ -194,7 +194,7 @@ def _be_deterministic(on):
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
 
-# %% ../nbs/42_trainer.ipynb #da6f58eb
+# %% ../nbs/42_trainer.ipynb #1ee3802a
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
@@ -202,6 +202,7 @@ def fit(
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
     tensorboard:bool=False,  # write scalars to out/tensorboard too
+    workers:int=None,        # processes that load images; None: none for images in memory, else one a CPU, 8 at most
     hooks=(),                # further objects with methods named like events
 ) -> Run:                    # the finished run
     "Train a recipe; its run folder is as in `acl_nb.records`."
@@ -210,7 +211,7 @@ def fit(
     if going_on and Run(out).finished and recipe.data == Run(out).recipe["data"]: return Run(out)
     if tensorboard: hooks = [*hooks, Scalars(out/"tensorboard")]
     _be_deterministic(recipe.deterministic)
-    parts, state = _prepare(recipe, out, going_on, accelerator)
+    parts, state = _prepare(recipe, out, going_on, accelerator, workers)
     with Interrupts() as interrupts:
         training = Training(parts, _hooks(parts, hooks, quiet, Saver(out, save_every, interrupts)))
         if state: training.load_state_dict(state)
