@@ -6,8 +6,9 @@
 __all__ = ['PROFILES', 'ACTIONS', 'default_folder', 'command', 'parse_settings', 'report_line', 'acl_train', 'benchmark_rows',
            'check_data', 'glyphs_report', 'acl_data']
 
-# %% ../nbs/51_cli.ipynb #0a537950
+# %% ../nbs/51_cli.ipynb #1b9c9ada
 import errno
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -37,11 +38,11 @@ def default_folder(
     changed = [f"{k}={v}" for k, v in asdict(r).items() if v != usual[k]]
     return Path("runs")/re.sub(r"[^\w.=-]", "_", "-".join([r.name, *changed]))
 
-# %% ../nbs/51_cli.ipynb #f66cbd28
+# %% ../nbs/51_cli.ipynb #682fae21
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def _end(kind, e, code):
-    if rank() == 0: print(f"{kind}: {' '.join(str(e).split())}", file=sys.stderr)
+    if int(os.environ.get("RANK", rank())) == 0: print(f"{kind}: {' '.join(str(e).split())}", file=sys.stderr)
     sys.exit(code)
 
 def command(

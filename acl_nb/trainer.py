@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['batch_loss', 'Training', 'predict', 'fit']
 
-# %% ../nbs/42_trainer.ipynb #b09995d5
+# %% ../nbs/42_trainer.ipynb #81f3ffa4
 import os
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def run(self:Training): # to the end, from wherever it is
     self.tell("finish")
     return self
 
-# %% ../nbs/42_trainer.ipynb #0d467a8b
+# %% ../nbs/42_trainer.ipynb #80c833b9
 def _hooks(parts, more, quiet, saver):
     "In the order of their turn: the checkpoint holds what the others have made of the step."
     ema = [Ema(parts.bare, parts.recipe.ema)] if parts.recipe.ema is not None else []
@@ -178,6 +179,8 @@ def _hooks(parts, more, quiet, saver):
 def _prepare(recipe, out, going_on, accelerator, workers):
     "(parts, state to go on from): a run keeps the precision it began with."
     state, setup = load_checkpoint(out/"checkpoint") if going_on else None, find_setup(recipe, accelerator.device)
+    if state and rank() == 0 and state["setup"] != setup:
+        warnings.warn(f"the run was saved with {state['setup']} and goes on with {setup}, in the precision it had: its last digits will not be those of a run that was never interrupted")
     parts = Parts(recipe, accelerator, {**setup, "precision": state["setup"]["precision"]} if state else setup, workers)
     if going_on: check_data(parts.data, Run(out))
     accelerator.wait_for_everyone()             # everyone has looked before anyone writes

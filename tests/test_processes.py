@@ -80,6 +80,14 @@ def test_every_loss_trains_two_epochs_of_a_cifar_archive(tmp_path, world):
         run = Run(tmp_path/loss)
         assert run.finished and run.summary["loss"] == loss and len(run.history) == 2 and run.env["setup"]["processes"] == world
 
+def misspelt():
+    from acl_nb.cli import acl_train
+    acl_train("digts_lt")
+
+def test_a_mistake_is_told_once(tmp_path):
+    assert finish(start(misspelt, said=tmp_path/"said", world=2)) == [2, 2]
+    assert (tmp_path/"said").read_text() == "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt?\n"
+
 def test_two_processes_by_the_command(tmp_path):
     cifar10(tmp_path/"data")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000), "--no-python",

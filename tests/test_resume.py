@@ -91,6 +91,14 @@ def test_told_to_stop(tmp_path, world, number):
     assert said.count("stopped: ") == 1 and "the same command goes on from here" in said and "Traceback" not in said
     assert latest(tmp_path/"run"/"checkpoint") and not (tmp_path/"run"/"summary.json").exists()
 
+def test_gone_on_with_fewer_processes(tmp_path):
+    group = start(train, tmp_path/"run", ["epochs=12"], world=2)
+    while rows(tmp_path/"run") < 1 and group[0].is_alive(): time.sleep(0.005)
+    os.kill(group[0].pid, signal.SIGTERM)
+    assert finish(group) == [143, 143] and finish(start(train, tmp_path/"run", ["epochs=12"], said=tmp_path/"said")) == [0]
+    said = (tmp_path/"said").read_text()
+    assert "'processes': 2" in said and "goes on with {'device': 'cpu', 'processes': 1" in said and rows(tmp_path/"run") == 12
+
 def test_stopped_in_mid_epoch_and_gone_on(tmp_path):
     assert finish(start(train, tmp_path/"whole", [])) == [0]
     for attempt in range(50):
