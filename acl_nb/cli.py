@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'ACTIONS', 'default_folder', 'command', 'parse_settings', 'report_line', 'acl_train', 'benchmark_rows',
            'check_data', 'glyphs_report', 'acl_data']
 
-# %% ../nbs/51_cli.ipynb #1b9c9ada
+# %% ../nbs/51_cli.ipynb #7adb0bdf
 import errno
 import os
 import re
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from fastcore.script import Param, call_parse, store_true
+from tqdm import tqdm
 
 from .checks import BadInput, choose, require
 from .counts import class_counts, shot_groups
@@ -38,11 +39,11 @@ def default_folder(
     changed = [f"{k}={v}" for k, v in asdict(r).items() if v != usual[k]]
     return Path("runs")/re.sub(r"[^\w.=-]", "_", "-".join([r.name, *changed]))
 
-# %% ../nbs/51_cli.ipynb #682fae21
+# %% ../nbs/51_cli.ipynb #2cd8d31d
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def _end(kind, e, code):
-    if int(os.environ.get("RANK", rank())) == 0: print(f"{kind}: {' '.join(str(e).split())}", file=sys.stderr)
+    if int(os.environ.get("RANK", rank())) == 0: tqdm.write(f"{kind}: {' '.join(str(e).split())}", file=sys.stderr)     # above a bar
     sys.exit(code)
 
 def command(
