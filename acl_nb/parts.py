@@ -108,7 +108,7 @@ def load_batches(
     "Load batches in order; draws nothing from the shared random numbers."
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
 
-# %% ../nbs/41_parts.ipynb #906e3e3f
+# %% ../nbs/41_parts.ipynb #9d0d2b17
 class Parts:
     "Everything that a recipe names, built."
     def __init__(self,
@@ -122,6 +122,7 @@ class Parts:
         self.setup = setup or find_setup(recipe, self.device)
         self.data = DATASETS[recipe.dataset](recipe.data, recipe.imbalance, recipe.kind, recipe.subset_seed, recipe.n_max)
         self.batches = EpochBatches(len(self.data.train), recipe.batch_size, recipe.seed)
+        require(workers is None or workers >= 0, "`workers` must be at least 0", workers)
         self.workers = _workers(self.data.train) if workers is None else workers
         self.loader = load_batches(self.data.train, self.batches, self.workers)
         self.views, self.plain = _pipelines(recipe, self.data)
