@@ -34,10 +34,11 @@ clean-check: $(NEEDS)
 sync-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_export && diff -r $(SKIP) $(CURDIR)/acl_nb acl_nb || { echo 'acl_nb/ differs from what the notebooks export: edit nbs/, then run nbdev_export'; exit 1; }
 
-bench: $(NEEDS) ## speed and memory of the losses and the views, against peers
+bench: $(NEEDS) ## speed and memory of the losses, the views and a whole step, against limits and peers
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps pytorch-metric-learning kornia kornia_rs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_views.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_step.py
 
 lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -6,7 +6,9 @@
 __all__ = ['PROFILES', 'ACTIONS', 'default_folder', 'command', 'parse_settings', 'report_line', 'acl_train', 'benchmark_rows',
            'check_data', 'glyphs_report', 'acl_data']
 
-# %% ../nbs/51_cli.ipynb #d8130668
+# %% ../nbs/51_cli.ipynb #7adb0bdf
+import errno
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -15,16 +17,18 @@ from pathlib import Path
 
 import torch
 from fastcore.script import Param, call_parse, store_true
+from tqdm import tqdm
 
 from .checks import BadInput, choose, require
 from .counts import class_counts, shot_groups
 from .datasets import BENCHMARKS, DATASETS, benchmark_files, check_files, fetch_lists, find_list, load_lists
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
+from .hooks import Diverged, Stopped
 from .processes import rank
 from .recipes import RECIPES, recipe
 from .records import Run, percent
 from .settings import Recipe
-from .trainer import Diverged, fit
+from .trainer import fit
 
 # %% ../nbs/51_cli.ipynb #01004a32
 def default_folder(
@@ -35,8 +39,12 @@ def default_folder(
     changed = [f"{k}={v}" for k, v in asdict(r).items() if v != usual[k]]
     return Path("runs")/re.sub(r"[^\w.=-]", "_", "-".join([r.name, *changed]))
 
-# %% ../nbs/51_cli.ipynb #21d1e727
-def _say(kind, e): print(f"{kind}: {' '.join(str(e).split())}", file=sys.stderr)
+# %% ../nbs/51_cli.ipynb #2cd8d31d
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+def _end(kind, e, code):
+    if int(os.environ.get("RANK", rank())) == 0: tqdm.write(f"{kind}: {' '.join(str(e).split())}", file=sys.stderr)     # above a bar
+    sys.exit(code)
 
 def command(
     f,  # a function that may raise `BadInput`
@@ -45,9 +53,13 @@ def command(
     @wraps(f)
     def run(*args, **kwargs):
         try: return f(*args, **kwargs)
-        except BadInput as e: _say("error", e); sys.exit(2)
-        except Diverged as e: _say("error", e); sys.exit(1)
-        except KeyboardInterrupt: _say("stopped", "the same command goes on from the last finished epoch"); sys.exit(130)
+        except BadInput as e: _end("error", e, 2)
+        except Diverged as e: _end("error", e, 1)
+        except Stopped as e: _end("stopped", e, e.code)
+        except KeyboardInterrupt: _end("stopped", "the same command goes on from the last checkpoint", 130)
+        except OSError as e:
+            if e.errno not in _FULL: raise
+            _end("error", e, 1)
     return run
 
 # %% ../nbs/51_cli.ipynb #8c7a5474
@@ -69,12 +81,12 @@ def report_line(
     groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))
     return f"all classes {percent(s['top1'])}  {groups}  (balanced test set, epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
 
-# %% ../nbs/51_cli.ipynb #2591881a
+# %% ../nbs/51_cli.ipynb #e9c16828
 @call_parse
 @command
 def acl_train(
     name:Param("recipe: " + ", ".join(RECIPES), str, opt=False, nargs="?")="digits_lt", # a key of `RECIPES`
-    loss:str=None,       # acl, bcl, scl, gpaco, la, ldam, cb or ce
+    loss:str=None,       # acl, bcl, scl, paco, gpaco, la, ldam, cb or ce
     views:str=None,      # views of every image
     imbalance:str=None,  # largest class count / smallest
     epochs:str=None,     # epochs to train
@@ -82,6 +94,9 @@ def acl_train(
     data:str=None,       # folder of the data set's files
     out:str=None,        # folder for the run; default: under runs/, named after the recipe and what was changed
     resume:str="auto",   # auto: go on with this recipe's run if there is one; never: start over; must
+    save_every:float=300,          # seconds between checkpoints within an epoch
+    tensorboard:store_true=False,  # write scalars to OUT/tensorboard too
+    workers:int=None,              # processes that load images; default: none for images in memory, else one a CPU, 8 at most
     set:Param("any other fields, as field=value", str, nargs="*", action="extend")=None, # texts "field=value"
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
@@ -91,7 +106,7 @@ def acl_train(
     r = recipe(name, **options, **more)
     out = Path(out) if out else default_folder(r)
     done = resume != "never" and (out/"recipe.json").is_file() and Run(out).finished
-    run = fit(r, out, resume)
+    run = fit(r, out, resume, save_every=save_every, tensorboard=tensorboard, workers=workers)
     if rank() > 0: return
     if done: print(f"{out} holds this run, finished; `--resume never` would train it anew")
     print(report_line(run))

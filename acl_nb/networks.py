@@ -54,12 +54,14 @@ class Network(nn.Module):
         self.classifier = choose(classifier, CLASSIFIERS, "classifier")(d, n_classes, scale)
         self.centers = choose(centers, CENTERS, "kind of centers")(n_classes, d, hidden, dim)
 
-# %% ../nbs/23_networks.ipynb #ad443d4c
+# %% ../nbs/23_networks.ipynb #8f8741f6
 @patch
 def forward(self:Network, images): # [B, V, channels, H, W] -> Output
     features = self.encoder(images.flatten(0, 1))
-    z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
-    return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
+    with torch.autocast(images.device.type, enabled=False):
+        features = features.to(self.classifier.weight.dtype)
+        z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
+        return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
 
 # %% ../nbs/23_networks.ipynb #8437a3fe
 @patch

@@ -22,8 +22,9 @@ RECIPES = {
     "cifar100_lt": dict(dataset="cifar100_lt", **_CIFAR),
 }
 
-# %% ../nbs/50_recipes.ipynb #13aaaf3b
-LOSS_SETTINGS = {**{loss: dict(centers="none") for loss in ("ce", "la", "cb", "scl", "paco", "gpaco")},
+# %% ../nbs/50_recipes.ipynb #4a9d9371
+LOSS_SETTINGS = {**{loss: dict(centers="none") for loss in ("ce", "la", "cb", "scl")},
+                 "paco": dict(centers="none", queue=1024), "gpaco": dict(centers="none", queue=1024),
                  "ldam": dict(centers="none", classifier="cosine"), "bcl": dict(centers="weights"), "acl": dict(centers="weights")}
 
 # %% ../nbs/50_recipes.ipynb #e771d75f

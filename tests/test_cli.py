@@ -1,13 +1,11 @@
-"The command line, in its own process: exit codes, one-line errors, run folders, the same run twice, going on after a kill."
+"The command line, in its own process: exit codes, one-line errors, run folders, the same run twice."
 import gzip
 import json
 import os
 import runpy
-import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +38,9 @@ BAD = {
     "more images than there are": (["--set", "n_max=500"], "class 0 must have 500 images to keep; got 128"),
     "a field twice": (["--set", "lr=0.1", "--set", "lr=0.2"], "--set must name a field once; got lr=0.1 lr=0.2"),
     "centres that bcl lacks": (["--loss", "bcl", "--set", "centers=none"], "`centers` must be weights or free; got none"),
-    "a loss of a later version": (["--loss", "paco"], "needs a momentum encoder"),
+    "one view for paco": (["--loss", "paco", "--views", "1"], "`views` must be at least 2; got 1"),
+    "a queue that nothing reads": (["--set", "queue=64"], "only paco and gpaco read one; got 64 with acl"),
+    "GPUs that are not there": (["--set", "sync_bn=yes"], "`sync_bn` needs GPUs"),
     "unknown schedule": (["--set", "schedule=cosin"], "unknown schedule 'cosin': did you mean cosine?"),
     "unknown loss": (["--loss", "alc"], "unknown loss 'alc'"),
     "unknown resume": (["--resume", "yes"], "`resume` must be auto, never or must; got 'yes'"),
@@ -85,19 +85,6 @@ def test_a_run_its_folder_and_its_twin(tmp_path):
 def test_default_folders_do_not_meet(tmp_path):
     for loss in "ce", "gpaco": assert acl_train(*QUICK, "--loss", loss, "--set", "scale=20", cwd=tmp_path).returncode == 0
     assert sorted(os.listdir(tmp_path/"runs")) == [f"digits_lt-imbalance=4.0-n_max=20.0-views=2-dim=8-hidden=8-scale=20.0-loss={loss}-epochs=2".replace("-scale=20.0-", "-scale=20.0-") for loss in ("ce", "gpaco")]
-
-def test_killed_and_gone_on(tmp_path):
-    args = [*QUICK, "--epochs", "30"]
-    assert acl_train(*args, "--out", "whole", cwd=tmp_path).returncode == 0
-    p = subprocess.Popen([TRAIN, *args, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    lines = tmp_path/"killed"/"history.jsonl"
-    while not (lines.exists() and len(lines.read_text().splitlines()) >= 2) and p.poll() is None: time.sleep(0.02)
-    p.send_signal(signal.SIGKILL)
-    assert p.wait() == -signal.SIGKILL and not (tmp_path/"killed"/"summary.json").exists()      # it was killed before its end
-    r = acl_train(*args, "--out", "killed", "--resume", "must", cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    assert history(tmp_path/"killed") == history(tmp_path/"whole")
-    assert (tmp_path/"killed"/"model.safetensors").read_bytes() == (tmp_path/"whole"/"model.safetensors").read_bytes()
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_from_debian(tmp_path):

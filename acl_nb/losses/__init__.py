@@ -8,9 +8,10 @@ __all__ = ['LOSSES', 'make_loss', 'Objective', 'ACLLoss', 'acl_loss', 'BCLLoss',
            'ldam_margins', 'logit_adjusted_loss', 'GPaCoLoss', 'PaCoLoss', 'gpaco_loss', 'paco_loss', 'SCLLoss',
            'scl_loss']
 
-# %% ../../nbs/17_losses.ipynb #3afda921
+# %% ../../nbs/17_losses.ipynb #fa6cc983
 from inspect import signature
 
+import torch
 from fastcore.basics import patch
 from torch import nn
 
@@ -41,30 +42,51 @@ def make_loss(
     known = signature(cls).parameters
     return cls(**{k: v for k, v in settings.items() if k in known})
 
-# %% ../../nbs/17_losses.ipynb #3ab330ba
+# %% ../../nbs/17_losses.ipynb #597f1321
 class Objective(nn.Module):
-    "Classifier loss + weight · contrastive loss, from a network's output; \"gpaco\" is one joint term instead."
+    "Classifier loss + weight · contrastive loss, from a network's output; \"paco\" and \"gpaco\" are one joint term instead."
     def __init__(self,
-        name:str,            # a key of `LOSSES`: "ce", "la", "ldam" and "cb" train the classifier alone; not "paco"
+        name:str,            # a key of `LOSSES`: "ce", "la", "ldam" and "cb" train the classifier alone
         class_counts,        # [C] training images of each class
-        weight:float=1.0,    # λ, at least 0; without meaning for the classifier alone and for "gpaco"
+        weight:float=1.0,    # λ, at least 0; without meaning for the classifier alone, "paco" and "gpaco"
         **settings,          # of the losses: temperature, negatives, tau, alpha, …
     ):
         super().__init__()
         require(weight >= 0, "`weight` of the contrastive loss must be at least 0", weight)
-        require(name != "paco", '"paco" needs a momentum encoder and a queue, which `Objective` does not have; "gpaco" does without')
         settings["class_counts"] = class_counts
         alone = name in ("ce", "la", "ldam", "cb")
-        self.classifier = None if name == "gpaco" else make_loss(name if alone else "la", **settings)
+        self.classifier = None if name in ("paco", "gpaco") else make_loss(name if alone else "la", **settings)
         self.contrastive = None if alone else make_loss(name, **settings)
         self.weight = weight
 
-# %% ../../nbs/17_losses.ipynb #18d6d0a8
+# %% ../../nbs/17_losses.ipynb #153400f4
+def _joint(loss, out, labels, keys, key_labels):
+    "PaCo's or GPaCo's one term."
+    if isinstance(loss, GPaCoLoss): return loss(out.z, labels, out.logits, keys, key_labels)
+    require(keys is not None, '"paco" needs `keys`, the other views as a momentum encoder sees them; "gpaco" does without')
+    require(out.z.shape[1] == 1, '"paco" has one view that asks: `z` must be [B, 1, D], and the other views among the `keys`', list(out.z.shape))
+    q = out.z[:, 0]
+    return loss(q, torch.cat([q, keys.to(q)]), labels, torch.cat([labels, key_labels.to(labels)]), out.logits[:, 0])
+
+def _check_keys(z, keys, key_labels):
+    require(keys is not None and key_labels is not None, "`keys` and `key_labels` must be given together")
+    require(keys.shape[1:] == z.shape[2:] and keys.shape[:1] == key_labels.shape, f"`keys` must be [K, {z.shape[-1]}] with K `key_labels`",
+            f"{list(keys.shape)} and {list(key_labels.shape)}")
+
+# %% ../../nbs/17_losses.ipynb #011566e5
 @patch
-def forward(self:Objective, out, labels): # an output with z, logits, centers; [B] -> scalar, {"classifier": .., "contrastive": ..} or {"joint": ..}
+def forward(self:Objective,
+    out,                           # with z [B, V, D], logits [B, V, C], centers [C, D] or None; "paco": V = 1, the view that asks
+    labels:torch.Tensor,           # [B] in 0..C-1
+    keys:torch.Tensor=None,        # [K, D] unit length, without gradient; "paco": other views by a momentum encoder, then a queue; "gpaco": a queue
+    key_labels:torch.Tensor=None,  # [K] in 0..C-1
+) -> tuple:                        # scalar, {"classifier": .., "contrastive": ..} or {"joint": ..}
+    "The loss and its parts."
+    if keys is not None or key_labels is not None: _check_keys(out.z, keys, key_labels)
     if self.classifier is None:
-        parts = {"joint": self.contrastive(out.z, labels, out.logits)}
+        parts = {"joint": _joint(self.contrastive, out, labels, keys, key_labels)}
         return parts["joint"], parts
+    require(keys is None, 'only "paco" and "gpaco" take `keys`')
     parts = {"classifier": self.classifier(out.logits, labels)}
     if self.contrastive is None: return parts["classifier"], parts
     parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers)
