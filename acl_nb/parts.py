@@ -72,7 +72,7 @@ def _build_network(recipe, data):
     if recipe.sync_bn: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(memory_format=torch.channels_last) if recipe.channels_last else net
 
-# %% ../nbs/41_parts.ipynb #914672db
+# %% ../nbs/41_parts.ipynb #b14e195c
 def _freeze_unread(r, network):
     if r.loss in ("ce", "la", "ldam", "cb"): network.head.requires_grad_(False)
     if r.loss not in ("scl", "bcl", "acl") and network.centers is not None: network.centers.requires_grad_(False)
@@ -86,7 +86,8 @@ def _build_optimizer(r, network):
 
 def _pipelines(r, data):
     make = lambda policies: ViewPipeline(policies, data.train.shape[-1], data.mean, data.std, r.seed)
-    return make([r.policy] * r.views), make("plain")
+    named = r.policy.split("+")
+    return make([named[min(v, len(named) - 1)] for v in range(r.views)]), make("eval")
 
 # %% ../nbs/41_parts.ipynb #8b99ef94
 def start_processes() -> Accelerator: # with this process's device; one process when nothing launched more
@@ -95,20 +96,22 @@ def start_processes() -> Accelerator: # with this process's device; one process 
     assert accelerator.num_processes == world_size() and (world_size() == 1 or accelerator.use_distributed)
     return accelerator
 
-# %% ../nbs/41_parts.ipynb #58f31105
+# %% ../nbs/41_parts.ipynb #42fbd103
+def _cut_where_decoded(dataset, pipeline): return dataset.cut_by(pipeline) if hasattr(dataset, "cut_by") else dataset
 def _workers(dataset): return 0 if isinstance(dataset, ImageArray) else min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 def _as_it_is(batch): return batch
 
-# %% ../nbs/41_parts.ipynb #6846d061
+# %% ../nbs/41_parts.ipynb #5b63a9e7
 def load_batches(
     dataset,        # with `__getitems__`
     batches,        # lists of positions
     workers:int=0,  # processes that load
 ) -> DataLoader:    # a batch as the data set gives it
     "Load batches in order; draws nothing from the shared random numbers."
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
+                      pin_memory=torch.cuda.is_available())
 
-# %% ../nbs/41_parts.ipynb #9d0d2b17
+# %% ../nbs/41_parts.ipynb #0bd7389a
 class Parts:
     "Everything that a recipe names, built."
     def __init__(self,
@@ -121,11 +124,12 @@ class Parts:
         self.device = self.accelerator.device
         self.setup = setup or find_setup(recipe, self.device)
         self.data = DATASETS[recipe.dataset](recipe.data, recipe.imbalance, recipe.kind, recipe.subset_seed, recipe.n_max)
-        self.batches = EpochBatches(len(self.data.train), recipe.batch_size, recipe.seed)
-        require(workers is None or workers >= 0, "`workers` must be at least 0", workers)
-        self.workers = _workers(self.data.train) if workers is None else workers
-        self.loader = load_batches(self.data.train, self.batches, self.workers)
         self.views, self.plain = _pipelines(recipe, self.data)
+        self.train, self.test = (_cut_where_decoded(*pair) for pair in ((self.data.train, self.views), (self.data.test, self.plain)))
+        self.batches = EpochBatches(len(self.train), recipe.batch_size, recipe.seed)
+        require(workers is None or workers >= 0, "`workers` must be at least 0", workers)
+        self.workers = _workers(self.train) if workers is None else workers
+        self.loader = load_batches(self.train, self.batches, self.workers)
         self._learning(_build_network(recipe, self.data).to(self.device))
         seed_rank(recipe.seed)
 

@@ -11,8 +11,8 @@ from dataclasses import fields
 from .checks import choose, require
 from .settings import Recipe
 
-# %% ../nbs/50_recipes.ipynb #84e6cad3
-_CIFAR = dict(policy="cifar_basic", views=3, imbalance=100, encoder="resnet32", dim=128, hidden=512, epochs=200, batch_size=256, lr=0.15,
+# %% ../nbs/50_recipes.ipynb #fddaf5e6
+_CIFAR = dict(policy="cifar_regular+cifar_sim", views=3, imbalance=100, encoder="resnet32", dim=128, hidden=512, epochs=200, batch_size=256, lr=0.15,
               weight_decay=5e-4, schedule="steps", warmup=0.025, weight=0.3)
 RECIPES = {
     "digits_lt":   dict(dataset="digits_lt", policy="digits", views=3, imbalance=20, encoder="resnet8", epochs=60, batch_size=64, lr=0.1, weight=0.3),

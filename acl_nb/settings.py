@@ -34,7 +34,7 @@ def lr_factor(
     first = math.ceil(warmup * total)
     return (step + 1) / (first + 1) if step < first else choose(schedule, SCHEDULES, "schedule")(step / total)
 
-# %% ../nbs/39_settings.ipynb #e93e8a9a
+# %% ../nbs/39_settings.ipynb #0a360d7d
 @dataclass(frozen=True)
 class Experiment:
     "What a run learns, from which images and how."
@@ -45,7 +45,7 @@ class Experiment:
     kind: str = "exp"               # exp | step | balanced
     subset_seed: int = 0            # of the draw of the long-tailed subset; the literature uses 0
     n_max: float | None = None      # images of the largest class; None: the data set's own
-    policy: str = "plain"           # of every view, a key of `POLICIES`
+    policy: str = "plain"           # of the views: keys of `POLICIES` joined by +; the last serves all further views
     views: int = 2                  # V
     encoder: str = "resnet8"        # a key of `ENCODERS`
     dim: int = 64                   # D, of the embeddings
@@ -88,7 +88,7 @@ class Recipe(Experiment):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         _check_together(self)
 
-# %% ../nbs/39_settings.ipynb #4abe30d4
+# %% ../nbs/39_settings.ipynb #3346bab4
 _RULES = {"imbalance": (lambda v: v >= 1, "at least 1 (largest count / smallest count)"), "n_max": (lambda v: v >= 1, "at least 1"),
           "weight": (lambda v: v >= 0, "at least 0"), "weight_decay": (lambda v: v >= 0, "at least 0"),
           "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"), "subset_seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"),
@@ -97,7 +97,7 @@ _RULES = {"imbalance": (lambda v: v >= 1, "at least 1 (largest count / smallest 
 _RULES |= {k: (lambda v: v > 0, "positive") for k in ("temperature", "lr", "scale", "clip")}
 _RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden", "accumulate")}
 _RULES |= {k: (lambda v: 0 <= v < 1, "at least 0 and below 1") for k in ("warmup", "momentum", "ema", "key_momentum")}
-_TABLES = {"dataset": DATASETS, "policy": POLICIES, "loss": LOSSES, "encoder": ENCODERS, "classifier": CLASSIFIERS, "centers": CENTERS,
+_TABLES = {"dataset": DATASETS, "loss": LOSSES, "encoder": ENCODERS, "classifier": CLASSIFIERS, "centers": CENTERS,
            "negatives": dict.fromkeys(NEGATIVES), "kind": dict.fromkeys(KINDS), "schedule": SCHEDULES, "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16"))}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -111,7 +111,7 @@ def _converted(value, kind):
     if isinstance(value, bool) or not math.isfinite(x) or kind is int and x != int(x): return None
     return kind(x)
 
-# %% ../nbs/39_settings.ipynb #75f97d9e
+# %% ../nbs/39_settings.ipynb #9db72fc1
 def _checked(name, value, kind):
     "The value of a field, converted to its type; `BadInput` when it breaks the field's rule."
     if isinstance(kind, UnionType):
@@ -122,6 +122,7 @@ def _checked(name, value, kind):
     ok, rule = _RULES.get(name, (lambda v: True, ""))
     require(ok(v), f"`{name}` must be {rule}", v)
     if name in _TABLES: choose(v, _TABLES[name], name)
+    if name == "policy": [choose(part, POLICIES, "policy") for part in v.split("+")]
     return v
 
 # %% ../nbs/39_settings.ipynb #35b33f47

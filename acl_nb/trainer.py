@@ -135,23 +135,24 @@ def predict(
         labels[ids.start:ids.stop] = y.to(device)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
-# %% ../nbs/42_trainer.ipynb #fcb700b7
+# %% ../nbs/42_trainer.ipynb #acb10328
 @patch
 def test(self:Training): # a line of the history; the scores stay in `scores`
     p = self.parts
     copy_from_first(self.tested.buffers())                  # running statistics are each process's own
-    logits, labels = predict(self.tested, p.data.test, p.plain, p.device, workers=p.workers)
+    logits, labels = predict(self.tested, p.test, p.plain, p.device, workers=p.workers)
     if not logits.isfinite().all(): raise Diverged("the logits of the test images are no longer numbers")
     self.scores = evaluate(logits, labels, p.data.counts)
     return {"epoch": self.epoch + 1, "lr": p.lr(self.epoch * p.steps), **{k: v / self.batch for k, v in self.sums.items()},
             **{k: self.scores[k] for k in ("top1", "many", "medium", "few")}, "seconds": time.perf_counter() - self.clock}
 
-# %% ../nbs/42_trainer.ipynb #9129e71b
+# %% ../nbs/42_trainer.ipynb #479cb32b
 @patch
 def to_come(self:Training): # the batches of each step that is left in this epoch
     p = self.parts
     p.network.train()
     p.batches.epoch, p.batches.start = self.epoch, self.batch
+    if p.train is not p.data.train: p.train.epoch.fill_(self.epoch)        # for the workers that cut views
     batches = iter(p.loader)
     while group := list(islice(batches, p.recipe.accumulate)): yield group
 

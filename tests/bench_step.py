@@ -4,14 +4,10 @@ CIFAR images, ResNet-32, 64 images with 3 views, one thread, processor time, int
 """
 import argparse
 import statistics
-import time
 from itertools import cycle
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import nn
-from torchvision import transforms
 
 import acl_nb.parts
 from acl_nb.datasets import ImageArray, LongTailed
@@ -19,6 +15,7 @@ from acl_nb.parts import Parts
 from acl_nb.recipes import recipe
 from acl_nb.trainer import Training
 from bench_losses import interleaved, median_ratio
+from bench_views import published
 
 B, V = 64, 3
 
@@ -57,10 +54,9 @@ class Published:
         self.run = training(precision="fp32", channels_last=False)
         data = self.run.parts.data
         self.images, self.labels = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in data.train.images], data.train.labels
-        self.view = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                        transforms.RandomErasing(1.0, (0.25, 0.25), (1, 1)), transforms.Normalize(data.mean, data.std)])
+        regular, sim = (published(policy) for policy in ("cifar_regular", "cifar_sim"))
         self.batches = cycle([list(range(first, first + B)) for first in range(0, len(self.images), B)])
-        self.run.parts.views = lambda images, ids, epoch: torch.stack([torch.stack([self.view(self.images[i]) for _ in range(V)]) for i in ids.tolist()])
+        self.run.parts.views = lambda images, ids, epoch: torch.stack([torch.stack([view(self.images[i]) for view in [regular] + [sim] * (V - 1)]) for i in ids.tolist()])
 
     def __call__(self):
         ids = torch.tensor(next(self.batches))

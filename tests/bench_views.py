@@ -5,19 +5,18 @@ Needs nothing but the package; kornia is compared with where it is installed.
 """
 import argparse
 import statistics
-import time
 from io import BytesIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import transforms as T
-
 from torchvision.io import decode_jpeg as decode
+
 from acl_nb.views import POLICIES, Policy, ViewPipeline
 from acl_nb.views.ops import compile_operations
+from bench_losses import interleaved
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 PEER = "PIL, published"
@@ -79,16 +78,6 @@ def kornia_batch(policy):
         steps = [K.RandomResizedCrop((32, 32), (0.2, 1)), K.RandomHorizontalFlip(), K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
     run = K.AugmentationSequential(*steps, K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))
     return lambda x: run(x.float().div_(255))
-
-def interleaved(steps, rounds):
-    "Processor seconds of every step in every round; the order rotates."
-    names, seconds = list(steps), {k: [] for k in steps}
-    for r in range(-1, rounds):
-        for k in names[r % len(names):] + names[:r % len(names)]:
-            start = time.process_time()
-            steps[k]()
-            if r >= 0: seconds[k].append(time.process_time() - start)
-    return seconds
 
 def table(title, seconds, images, base):
     print(f"\n{title}")

@@ -122,7 +122,7 @@ def __call__(self:Policy,
     for step in self.steps.values(): images = step(images, draw)
     return images
 
-# %% ../../nbs/06_views.policies.ipynb #6587ff77
+# %% ../../nbs/06_views.policies.ipynb #b674ba18
 _SHIFT = {k: partial(random_shift, pad=k) for k in (1, 2, 4)}
 _HOLE = {k: partial(random_erase, size=k, p=0.5) for k in (3, 8)}
 _JITTER, _STRONG_JITTER = partial(color_jitter, hue=0.0, p=1.0), partial(color_jitter, hue=0.1, p=0.8)
@@ -134,7 +134,6 @@ POLICIES = {
     "digits":      Policy({"shift": _SHIFT[1], "erase": _HOLE[3]}),
     "fashion":     Policy({"shift": _SHIFT[2], "flip": random_flip, "erase": _HOLE[8]}),
     "glyphs":      Policy({"shift": _SHIFT[2], "erase": _HOLE[8]}),
-    "cifar_basic": Policy({"shift": _SHIFT[4], "flip": random_flip, "Cutout": partial(random_erase, size=16)}),
     "cifar_regular": Policy({"shift": _SHIFT[4], "flip": random_flip, "AutoAugment": auto_augment, "Cutout": partial(random_erase, size=16)}, colors=True),
     "cifar_sim":      Policy({"flip": random_flip, "jitter": _STRONG_JITTER, "grey": random_grey}, _CUT_32, True),
     "cifar_sim_blur": Policy({"flip": random_flip, "jitter": _STRONG_JITTER, "grey": random_grey, "blur": random_blur}, _CUT_32, True),
