@@ -33,6 +33,7 @@ def gradient(loss, accumulate, dtype):
     try:
         r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", accumulate=accumulate, **({"queue": 70} if "paco" in loss else {}))
         with without_batch_statistics(): training = Training(parts := Parts(r))
+        parts.views.dtype = dtype
         if parts.queue is not None: parts.queue.push(*keys(r.dim))
         parts.network.train()
         training.train_step(list(islice(parts.loader, accumulate)))
