@@ -88,7 +88,7 @@ def _png(picture):
     Image.fromarray(picture.numpy()).save(png, "PNG", optimize=True)
     return "data:image/png;base64," + b64encode(png.getvalue()).decode()
 
-# %% ../nbs/31_plots.ipynb #8478b712
+# %% ../nbs/31_plots.ipynb #b284d3ef
 def plot_images(
     images:torch.Tensor,     # uint8 [n, C, H, W], C = 1 or 3
     columns:int=10,          # images in a row
@@ -106,7 +106,7 @@ def plot_images(
     turned = column_names is not None and max(map(len, column_names)) * 7 > pixels
     fig.update_xaxes(side="top", range=[0, width], tickangle=-40 if turned else 0, **middle(column_names, width / columns))
     fig.update_yaxes(range=[height, 0], **middle(row_names, height / rows))
-    left, right = 110 if row_names else 5, 50 if turned else 5                      # a turned name reaches beyond its column
+    left, right = max(110, 8 * max(map(len, row_names))) if row_names else 5, 50 if turned else 5                      # a turned name reaches beyond its column
     return fig.update_layout(margin=dict(l=left, r=right, t=65 if column_names else 10, b=10), width=columns * pixels + left + right)
 
 # %% ../nbs/31_plots.ipynb #91e00622

@@ -59,7 +59,7 @@ def _check(self:ViewPipeline, images):
         require(p.crop is None or min(shape[2:]) >= S, f"policy {name} crops to {S} × {S}: images must not be smaller", f"{shape[2]} × {shape[3]}")
         require(p.crop is not None or shape[2:] == [S, S], f"policy {name} has no crop: images must be {S} × {S}", f"{shape[2]} × {shape[3]}")
 
-# %% ../../nbs/07_views.ipynb #df4a74ce
+# %% ../../nbs/07_views.ipynb #164fa2f4
 @patch
 @torch.no_grad()
 def __call__(self:ViewPipeline,
@@ -67,6 +67,7 @@ def __call__(self:ViewPipeline,
     ids:torch.Tensor=None,  # [B] positions in the data set; default 0..B-1
     epoch:int=0,            # of training
 ):                          # float [B, V, C, size, size]
+    "Normalised views of every image."
     self._check(images)
     device, shape = images.device, (len(images), self.views, len(self.mean), self.size, self.size)
     ids = torch.arange(len(images), device=device) if ids is None else torch.as_tensor(ids, device=device)

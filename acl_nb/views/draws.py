@@ -33,11 +33,12 @@ class Draws:
         for part in (seed, epoch, ids, view): key = _mix(key + part + 1) + _GOLDEN
         self.key, self.taken = key, start
 
-# %% ../../nbs/03_views.draws.ipynb #2a5fff48
+# %% ../../nbs/03_views.draws.ipynb #0be83c59
 @patch
 def __call__(self:Draws,
     n:int,  # numbers wanted for each image
 ):          # float32 [B, n]
+    "The next `n` numbers of every image."
     counter = torch.arange(self.taken, self.taken + n, device=self.key.device)
     self.taken += n
     return _shift_right(_mix(self.key[:, None] + counter * _GOLDEN), 40) / 2.0**24

@@ -106,7 +106,7 @@ def rand_augment(
     for k in range(n): images = apply_operations(images, codes[:, k], magnitudes[:, k])
     return images
 
-# %% ../../nbs/06_views.policies.ipynb #0f9cae91
+# %% ../../nbs/06_views.policies.ipynb #44907fd8
 @dataclass(frozen=True)
 class Policy:
     "A crop and named steps; called as (images, draw) it runs the steps."
@@ -119,6 +119,7 @@ def __call__(self:Policy,
     images:torch.Tensor,  # uint8 [B, C, S, S]
     draw,                 # a `Draws`
 ):                        # uint8 [B, C, S, S]
+    "Run the steps, one after another."
     for step in self.steps.values(): images = step(images, draw)
     return images
 
