@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'latest', 'random_state', 'set_random_state']
 
-# %% ../nbs/40_checkpoints.ipynb #28e56a84
+# %% ../nbs/40_checkpoints.ipynb #26168f65
 import hashlib
 import os
 import random
+import re
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -19,11 +20,11 @@ import torch
 from .checks import BadInput
 from .processes import rank
 
-# %% ../nbs/40_checkpoints.ipynb #16c9dede
+# %% ../nbs/40_checkpoints.ipynb #aa3976b0
 KEEP = 2    # checkpoints in the folder
 
 def _place(path): return tuple(int(n) for n in path.stem.split("_")[1:3])
-def _files(folder): return sorted(Path(folder).glob("at_*_*_*.pt"), key=_place)
+def _files(folder): return sorted((p for p in Path(folder).glob("at_*.pt") if re.fullmatch(r"at_\d+_\d+_[0-9a-f]{16}", p.stem)), key=_place)
 def _sha(data): return hashlib.sha256(data).hexdigest()[:16]
 
 # %% ../nbs/40_checkpoints.ipynb #b0d76e23
@@ -39,7 +40,7 @@ def _write(part, data):
         part.unlink(missing_ok=True)
         raise OSError(e.errno, f"{e.strerror}: no checkpoint could be written; the one before it is kept", str(part)) from None
 
-# %% ../nbs/40_checkpoints.ipynb #a2841cb3
+# %% ../nbs/40_checkpoints.ipynb #9d60d960
 def save_checkpoint(
     folder,      # made if missing
     epoch:int,   # epochs done so far
@@ -51,26 +52,33 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({**state, "epoch": epoch, "batch": batch}, buffer)
     _write(folder/"saving.part", buffer.getbuffer())
-    os.replace(folder/"saving.part", folder/f"at_{epoch}_{batch}_{_sha(buffer.getbuffer())}.pt")
+    new = folder/f"at_{epoch}_{batch}_{_sha(buffer.getbuffer())}.pt"
+    os.replace(folder/"saving.part", new)
     if os.name == "posix": _sync(folder)
-    for old in _files(folder)[:-KEEP]: old.unlink()
+    before = [p for p in _files(folder) if _place(p) < _place(new)]
+    for old in {*_files(folder)} - {new, *before[1 - KEEP:]}: old.unlink()
 
-# %% ../nbs/40_checkpoints.ipynb #51a97774
-def _read(path):
+# %% ../nbs/40_checkpoints.ipynb #57760fa7
+def _read(path, run):
     data = path.read_bytes()
     if _sha(data) != path.stem.split("_")[-1]: raise ValueError("its checksum does not agree")
-    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+    state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+    if not {"epoch", "batch"} <= set(state) or run is not None and state.get("run") != run: raise ValueError("it is not this run's")
+    return state
 
-# %% ../nbs/40_checkpoints.ipynb #d8809ce5
+# %% ../nbs/40_checkpoints.ipynb #f99a805d
 def load_checkpoint(
     folder,        # that `save_checkpoint` wrote to
+    run=None,      # what the state must have under "run"; None: anything
 ) -> dict | None:  # the newest readable state, with "epoch"; None when there is no file
-    "Read the newest checkpoint; a broken one is named in a warning and the previous one used."
-    files = _files(folder)
+    "Read the newest checkpoint; a broken one is named in a warning, renamed, and the previous one used."
+    files, broken = _files(folder), []
     for path in reversed(files):
-        try: return _read(path)
-        except Exception as e:
-            if rank() == 0: warnings.warn(f"{path} could not be read ({e}); the checkpoint before it is used")
+        try: state = _read(path, run)
+        except Exception as e: broken.append(path); rank() or warnings.warn(f"{path} could not be read ({e}); the checkpoint before it is used")
+        else:
+            for p in broken: rank() or p.rename(p.with_suffix(".broken"))            # it counts no more
+            return state
     if files: raise BadInput(f"no checkpoint in {folder} can be read; `--resume never` starts over")
 
 def latest(

@@ -58,7 +58,7 @@ def push(self:KeyQueue,
     self.labels[rows] = labels[-size:].to(self.labels)
     self.pushed += len(keys)
 
-# %% ../nbs/22_momentum.ipynb #658ba943
+# %% ../nbs/22_momentum.ipynb #4515664a
 class MomentumCopy(nn.Module):
     "A copy of a module that follows it slowly, without gradient; the copy is `.module`."
     def __init__(self,
@@ -68,7 +68,7 @@ class MomentumCopy(nn.Module):
         super().__init__()
         require(0 <= momentum < 1, "`momentum` must be at least 0 and below 1", momentum)
         self.module, self.momentum = deepcopy(module).requires_grad_(False), momentum
-        self.train(module.training)
+        self.training = module.training
 
 # %% ../nbs/22_momentum.ipynb #e8f700fd
 @patch

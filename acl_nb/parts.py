@@ -72,7 +72,7 @@ def _build_network(recipe, data):
     if recipe.sync_bn: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(memory_format=torch.channels_last) if recipe.channels_last else net
 
-# %% ../nbs/41_parts.ipynb #b14e195c
+# %% ../nbs/41_parts.ipynb #e7ddbfd8
 def _freeze_unread(r, network):
     if r.loss in ("ce", "la", "ldam", "cb"): network.head.requires_grad_(False)
     if r.loss not in ("scl", "bcl", "acl") and network.centers is not None: network.centers.requires_grad_(False)
@@ -86,7 +86,7 @@ def _build_optimizer(r, network):
 
 def _pipelines(r, data):
     make = lambda policies: ViewPipeline(policies, data.train.shape[-1], data.mean, data.std, r.seed)
-    named = r.policy.split("+")
+    named = r.policy.split("+")                                           # of surplus policies, a run with fewer views uses the first
     return make([named[min(v, len(named) - 1)] for v in range(r.views)]), make("eval")
 
 # %% ../nbs/41_parts.ipynb #8b99ef94

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['batch_loss', 'Training', 'predict', 'fit']
 
-# %% ../nbs/42_trainer.ipynb #81f3ffa4
+# %% ../nbs/42_trainer.ipynb #537c29e3
 import os
 import time
 import warnings
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from .checkpoints import latest, load_checkpoint, set_random_state
-from .checks import BadInput
-from .folders import begin_folder, check_data, open_folder
+from .checks import require
+from .folders import begin_folder, check_data, fingerprint, open_folder
 from .hooks import Diverged, Ema, Interrupts, Progress, Saver, Scalars
 from .metrics import evaluate
 from .networks import Output
@@ -71,11 +72,12 @@ class Training:
     def tell(self, event): # "begin", "after_step", …
         for hook in self.hooks: getattr(hook, event, lambda run: None)(self)
 
-# %% ../nbs/42_trainer.ipynb #e20d65fa
+# %% ../nbs/42_trainer.ipynb #37aa10d6
 @patch
 def state_dict(self:Training):
     own = {k: getattr(self, k) for k in ("step", "sums", "history", "scores")}
-    return {**own, "parts": self.parts.state_dict(), "seconds": time.perf_counter() - self.clock, "setup": self.parts.setup}
+    return {**own, "parts": self.parts.state_dict(), "seconds": time.perf_counter() - self.clock, "setup": self.parts.setup,
+            "run": fingerprint(self.parts.recipe)}
 
 @patch
 def load_state_dict(self:Training,
@@ -115,24 +117,25 @@ def train_step(self:Training, batches): # a list of one batch, or of `accumulate
     for k, v in zip(means, self.values): self.sums[k] = self.sums.get(k, 0) + v * len(batches)
     self.batch += len(batches); self.step += 1
 
-# %% ../nbs/42_trainer.ipynb #6fb82efb
+# %% ../nbs/42_trainer.ipynb #04beef0c
 @torch.inference_mode()
 def predict(
     network:nn.Module,      # a `Network`
     dataset,                # items (image, label, position)
-    pipeline:ViewPipeline,  # with one view, "plain"
+    pipeline:ViewPipeline,  # with one view, "eval"
     device="cpu",           # where the network is
     batch_size:int=512,     # images at once
     workers:int=0,          # processes that load images
 ) -> tuple:                 # logits [n, C], labels [n], on the CPU
     "Plain logits for every image of a data set; each process computes a part, all get the whole."
+    was_training, n = network.training, len(dataset)
     network.eval()
-    n = len(dataset)
     mine = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)][rank()::world_size()]
     logits, labels = torch.zeros(n, network.settings["n_classes"], device=device), torch.zeros(n, dtype=torch.long, device=device)
     for ids, (x, y, _) in zip(mine, load_batches(dataset, mine, workers)):
         logits[ids.start:ids.stop] = network.predict(pipeline(x.to(device))[:, 0]).float()
         labels[ids.start:ids.stop] = y.to(device)
+    network.train(was_training)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
 # %% ../nbs/42_trainer.ipynb #acb10328
@@ -171,7 +174,7 @@ def run(self:Training): # to the end, from wherever it is
     self.tell("finish")
     return self
 
-# %% ../nbs/42_trainer.ipynb #80c833b9
+# %% ../nbs/42_trainer.ipynb #f6b54835
 def _hooks(parts, more, quiet, saver):
     "In the order of their turn: the checkpoint holds what the others have made of the step."
     ema = [Ema(parts.bare, parts.recipe.ema)] if parts.recipe.ema is not None else []
@@ -179,7 +182,8 @@ def _hooks(parts, more, quiet, saver):
 
 def _prepare(recipe, out, going_on, accelerator, workers):
     "(parts, state to go on from): a run keeps the precision it began with."
-    state, setup = load_checkpoint(out/"checkpoint") if going_on else None, find_setup(recipe, accelerator.device)
+    state, setup = load_checkpoint(out/"checkpoint", fingerprint(recipe)) if going_on else None, find_setup(recipe, accelerator.device)
+    require(state or not going_on, f"{out} must hold a checkpoint to go on from; `--resume never` starts over, and deletes what is there")
     if state and rank() == 0 and state["setup"] != setup:
         warnings.warn(f"the run was saved with {state['setup']} and goes on with {setup}, in the precision it had: its last digits will not be those of a run that was never interrupted")
     parts = Parts(recipe, accelerator, {**setup, "precision": state["setup"]["precision"]} if state else setup, workers)
@@ -188,17 +192,22 @@ def _prepare(recipe, out, going_on, accelerator, workers):
     if not state and rank() == 0: begin_folder(recipe, out, parts.data, parts.setup)
     return parts, state
 
-# %% ../nbs/42_trainer.ipynb #67ec82bd
+# %% ../nbs/42_trainer.ipynb #1379b6fb
 def _explained(e, training, out):
     good = latest(out/"checkpoint")
     return Diverged(f"training diverged in epoch {training.epoch + 1}, step {training.step + 1}, at learning rate {training.parts.lr(training.step):.3g}: {e}; "
                     f"a smaller learning rate usually helps; {f'the last good checkpoint is {good}' if good else 'there was no checkpoint yet'}")
 
-def _be_deterministic(on):
-    if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
+@contextmanager
+def _determinism(wanted):
+    "As the recipe wants it, and afterwards as it was."
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted or before)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before)
 
-# %% ../nbs/42_trainer.ipynb #1ee3802a
+# %% ../nbs/42_trainer.ipynb #a4dd2717
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
@@ -214,9 +223,8 @@ def fit(
     going_on = open_folder(recipe, out, resume)
     if going_on and Run(out).finished and recipe.data == Run(out).recipe["data"]: return Run(out)
     if tensorboard: hooks = [*hooks, Scalars(out/"tensorboard")]
-    _be_deterministic(recipe.deterministic)
     parts, state = _prepare(recipe, out, going_on, accelerator, workers)
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, _determinism(recipe.deterministic):
         training = Training(parts, _hooks(parts, hooks, quiet, Saver(out, save_every, interrupts)))
         if state: training.load_state_dict(state)
         try: training.run()

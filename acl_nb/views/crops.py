@@ -6,22 +6,25 @@
 __all__ = ['CROP_DRAWS', 'random_shift', 'random_flip', 'random_erase', 'crop_boxes', 'crop_batch', 'crop_image', 'middle',
            'random_blur']
 
-# %% ../../nbs/05_views.crops.ipynb #e41c9788
+# %% ../../nbs/05_views.crops.ipynb #98db08e0
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import center_crop, resize
 
+from ..checks import require
 from .ops import in_blocks, replaced
 
-# %% ../../nbs/05_views.crops.ipynb #49d6ea49
+# %% ../../nbs/05_views.crops.ipynb #3dc7de2c
 def random_shift(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
     pad:int,              # largest shift in pixels, either way
 ) -> torch.Tensor:        # uint8 [B, C, H, W], black where nothing was
     "Shift every image by its own whole number of pixels (pad and crop, He et al. 2016)."
+    require(pad >= 0, "`pad` must be at least 0", pad)
     B, _, H, W = images.shape
     row, column = (draw(2) * (2*pad + 1)).long().unbind(1)                # [B] in 0..2·pad
     windows = F.pad(images, (pad,)*4).unfold(2, H, 1).unfold(3, W, 1)     # [B, C, 2·pad+1, 2·pad+1, H, W]
@@ -80,26 +83,38 @@ def crop_boxes(
     top, left = (torch.where(found, (u[:, k:k+1] * (room + 1)).floor(), room // 2) for k, room in ((20, H - h), (21, W - w)))
     return torch.cat([top, left, h, w], 1)
 
-# %% ../../nbs/05_views.crops.ipynb #03741f6d
+# %% ../../nbs/05_views.crops.ipynb #b8b965f0
 def _weights(start, size, n_in, n_out):
     "[B, n_in, n_out]: share of input pixel i in output pixel o; start, size [B] of the box in input pixels."
     step = (size / n_out)[:, None, None]
     reach = step.clamp_min(1)                                                                    # of the triangle, in input pixels
     pixel = (torch.arange(n_in, device=start.device) + 0.5)[:, None] - start[:, None, None]      # [B, n_in, 1] from the box's edge
-    pixel = torch.where((pixel > 0) & (pixel < size[:, None, None]), pixel, 1e6)                 # outside: out of reach
+    pixel = torch.where((pixel > 0) & (pixel < size[:, None, None]), pixel, 1e6)                 # outside: so far that its weight is 0
     center = (torch.arange(n_out, device=start.device) + 0.5) * step                             # [B, 1, n_out]
     minus = (pixel / reach - center / reach).abs_().clamp_max_(1).sub_(1)
-    return minus.mul_(2**17 / minus.sum(1, keepdim=True)).round_().mul_(2**-17)
+    return minus.mul_(2**16 / minus.sum(1, keepdim=True)).round_().mul_(2**-16)
 
-# %% ../../nbs/05_views.crops.ipynb #2b20c378
+# %% ../../nbs/05_views.crops.ipynb #4adf2283
+@contextmanager
+def _exact_products(device):
+    "No autocast and no TF32 within."
+    before = torch.get_float32_matmul_precision()
+    if before != "highest": torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False): yield
+    finally:
+        if before != "highest": torch.set_float32_matmul_precision(before)
+
+# %% ../../nbs/05_views.crops.ipynb #026c2dc9
 def _resample(images, columns, rows):
     "uint8 [n, C, H, W] with matrices [n, W, w] and [n, H, h] -> [n, C, h, w]"
-    n, C, H, W = images.shape
-    half = torch.full((), 0.5, device=images.device)
-    x = torch.baddbmm(half, images.reshape(n, C*H, W).float().sub_(128), columns).floor_()
-    x = x.view(n, C, H, -1).transpose(2, 3).reshape(n, -1, H)
-    x = torch.baddbmm(half + 128, x, rows).to(torch.int32)
-    return x.view(n, C, columns.shape[2], rows.shape[2]).transpose(2, 3).to(torch.uint8)
+    (n, C, H, W), w, h = images.shape, columns.shape[2], rows.shape[2]
+    half = torch.full((), 0.5, device=images.device, dtype=torch.float32)
+    with _exact_products(images.device):
+        x = torch.baddbmm(half, images.reshape(n, C*H, W).float().sub_(128), columns).floor_()
+        x = x.view(n, C, H, w).transpose(2, 3).reshape(n, C*w, H)
+        x = torch.baddbmm(half, x, rows).floor_().add_(128).to(torch.int32)
+    return x.view(n, C, w, h).transpose(2, 3).to(torch.uint8)
 
 # %% ../../nbs/05_views.crops.ipynb #2530d2b1
 def crop_batch(
@@ -133,19 +148,19 @@ def middle(
     if image.shape[-2:] == (size, size): return image
     return center_crop(resize(image, [round(size / share)], antialias=True), [size, size])
 
-# %% ../../nbs/05_views.crops.ipynb #13dcabe3
+# %% ../../nbs/05_views.crops.ipynb #986cddee
 def _gaussian(sigma, n, radius):
     "[B, n, n] weights of a blur along one axis; sigma [B] in pixels."
     radius = min(radius, n - 1)
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()                                                  # [B, 2·radius+1]
-    kernel = (kernel * 2**17 / kernel.sum(1, keepdim=True)).round_().mul_(2**-17)
+    kernel = (kernel * 2**16 / kernel.sum(1, keepdim=True)).round_().mul_(2**-16)
     source = torch.arange(n, device=sigma.device) + offset[:, None]                                        # [2·radius+1, n] pixel that is looked at
     source = (n - 1 - (n - 1 - source.abs()).abs())                                                        # mirrored into 0..n-1
     w = sigma.new_zeros(len(sigma), n, n)
     return w.scatter_add_(1, source.expand(len(sigma), -1, -1), kernel[:, :, None].expand(-1, -1, n)).float()
 
-# %% ../../nbs/05_views.crops.ipynb #19e8e45d
+# %% ../../nbs/05_views.crops.ipynb #e1cf7c8a
 def random_blur(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
@@ -153,6 +168,7 @@ def random_blur(
     sigma:tuple=(0.1, 2.0),  # smallest and largest width in pixels
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Blur each image with probability `p`, by a Gaussian of random width (Chen et al. 2020, SimCLR)."
+    require(0 < sigma[0] <= sigma[1], "`sigma` must be two widths in pixels, the first above 0", sigma)
     u, radius = draw(2).double(), math.ceil(4 * sigma[1])
     widths = sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]
     blur = lambda x, s: _resample(x, _gaussian(s, x.shape[3], radius), _gaussian(s, x.shape[2], radius))

@@ -19,7 +19,7 @@ def _mix(x):
     x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
     return x ^ _shift_right(x, 31)
 
-# %% ../../nbs/03_views.draws.ipynb #4b4f3eb8
+# %% ../../nbs/03_views.draws.ipynb #1331544a
 class Draws:
     "Uniform numbers in [0, 1) for each image of a batch; a call takes the next ones, the same whatever the batch."
     def __init__(self,
@@ -27,7 +27,7 @@ class Draws:
         seed:int=0,        # of the run
         epoch:int=0,       # of training
         view=0,            # 0..V-1, or [B] one for each image
-        start:int=0,       # numbers passed over
+        start:int=0,       # numbers to skip
     ):
         key = torch.zeros_like(ids, dtype=torch.int64)
         for part in (seed, epoch, ids, view): key = _mix(key + part + 1) + _GOLDEN

@@ -7,9 +7,11 @@ __all__ = ['OPERATIONS', 'CODES', 'brightness', 'grey', 'color', 'contrast', 'sh
            'autocontrast', 'equalize', 'geometric', 'hue', 'in_blocks', 'replaced', 'apply_operations',
            'compile_operations']
 
-# %% ../../nbs/04_views.ops.ipynb #fb20fdc9
+# %% ../../nbs/04_views.ops.ipynb #050ffc32
 import torch
 import torch.nn.functional as F
+
+from ..checks import choose, require
 
 # %% ../../nbs/04_views.ops.ipynb #9e2ede41
 def _each(values): return values.view(-1, 1, 1, 1)
@@ -86,13 +88,13 @@ def posterize(
     "Fewer grey levels."
     return images & _each((256 - (1 << (8 - magnitude.long()))).to(torch.uint8))
 
-# %% ../../nbs/04_views.ops.ipynb #26fd52a5
+# %% ../../nbs/04_views.ops.ipynb #aacd5f9e
 def solarize(
     images:torch.Tensor,     # uint8 [n, C, H, W]
     magnitude:torch.Tensor,  # [n], threshold in 0..255
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Invert the values that are not below the threshold."
-    return images ^ -(images >= _each(magnitude.ceil().to(torch.uint8))).view(torch.uint8)
+    return images ^ -(images >= _each(magnitude.ceil().to(torch.int16))).view(torch.uint8)
 
 # %% ../../nbs/04_views.ops.ipynb #4752b8a8
 def _look_up(images, tables):
@@ -230,9 +232,11 @@ def _run(operation, images, magnitude, codes):
     if operation is None: return images
     return in_blocks(operation, images, magnitude, *([codes] if operation is geometric else []))
 
-# %% ../../nbs/04_views.ops.ipynb #e79447c8
+# %% ../../nbs/04_views.ops.ipynb #ad95d54a
 def compile_operations(
     names:tuple=("Hue",),  # of `OPERATIONS`
 ):
     "From now on in this process, apply these operations in their compiled form; the results are the same, byte for byte."
-    for name in names: _GROUPS[CODES[name] - len(GEOMETRIC) + 2] = torch.compile(OPERATIONS[name], dynamic=True)
+    for name in names:
+        require(choose(name, OPERATIONS, "operation") is not None, "`names` must be operations on colours: the geometric ones gain nothing", name)
+        _GROUPS[CODES[name] - len(GEOMETRIC) + 2] = torch.compile(OPERATIONS[name], dynamic=True)

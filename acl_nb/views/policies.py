@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGNED', 'POLICIES', 'color_jitter', 'random_grey', 'auto_augment', 'rand_augment', 'Policy']
 
-# %% ../../nbs/06_views.policies.ipynb #65c1b4ae
+# %% ../../nbs/06_views.policies.ipynb #a28e6841
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment
 
+from ..checks import require
 from .crops import random_blur, random_erase, random_flip, random_shift
 from .ops import CODES, apply_operations, grey, replaced
 
@@ -106,7 +107,7 @@ def rand_augment(
     for k in range(n): images = apply_operations(images, codes[:, k], magnitudes[:, k])
     return images
 
-# %% ../../nbs/06_views.policies.ipynb #44907fd8
+# %% ../../nbs/06_views.policies.ipynb #b565bd57
 @dataclass(frozen=True)
 class Policy:
     "A crop and named steps; called as (images, draw) it runs the steps."
@@ -114,6 +115,11 @@ class Policy:
     crop: tuple|float|None = None     # (smallest, largest) share of the area: random resized crop | share of the shorter side: middle | None: as they come
     colors: bool = False              # needs three channels
 
+    def __post_init__(self):
+        ok = self.crop is None or isinstance(self.crop, float) and 0 < self.crop <= 1 or isinstance(self.crop, tuple) and len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1
+        require(ok, "`crop` must be None, a share of the shorter side such as 0.875, or a tuple (smallest, largest) share of the area", repr(self.crop))
+
+# %% ../../nbs/06_views.policies.ipynb #f797ff37
 @patch
 def __call__(self:Policy,
     images:torch.Tensor,  # uint8 [B, C, S, S]
