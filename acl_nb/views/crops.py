@@ -83,7 +83,7 @@ def crop_boxes(
     top, left = (torch.where(found, (u[:, k:k+1] * (room + 1)).floor(), room // 2) for k, room in ((20, H - h), (21, W - w)))
     return torch.cat([top, left, h, w], 1)
 
-# %% ../../nbs/05_views.crops.ipynb #b8b965f0
+# %% ../../nbs/05_views.crops.ipynb #161fd5f2
 def _weights(start, size, n_in, n_out):
     "[B, n_in, n_out]: share of input pixel i in output pixel o; start, size [B] of the box in input pixels."
     step = (size / n_out)[:, None, None]
@@ -92,7 +92,7 @@ def _weights(start, size, n_in, n_out):
     pixel = torch.where((pixel > 0) & (pixel < size[:, None, None]), pixel, 1e6)                 # outside: so far that its weight is 0
     center = (torch.arange(n_out, device=start.device) + 0.5) * step                             # [B, 1, n_out]
     minus = (pixel / reach - center / reach).abs_().clamp_max_(1).sub_(1)
-    return minus.mul_(2**16 / minus.sum(1, keepdim=True)).round_().mul_(2**-16)
+    return minus.mul_(2**16 / minus.sum(1, keepdim=True, dtype=torch.float64).float()).round_().mul_(2**-16)
 
 # %% ../../nbs/05_views.crops.ipynb #4adf2283
 @contextmanager
