@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EpochBatches', 'find_setup', 'start_processes', 'load_batches', 'Parts']
 
-# %% ../nbs/41_parts.ipynb #ec421497
+# %% ../nbs/41_parts.ipynb #db697dc5
 import os
 from contextlib import nullcontext
 
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from .checks import choose, require
 from .datasets import DATASETS, ImageArray
-from .losses import Objective
+from .encoders import freeze_early, load_pretrained
+from .losses import Objective, class_balanced_weights
 from .momentum import KeyQueue, MomentumCopy
 from .networks import Network
 from .processes import rank, seed_rank, world_size
@@ -65,20 +66,29 @@ def find_setup(
     auto = "bf16" if _native_bf16(device) else "fp32"
     return {"device": device.type, "processes": world_size(), "precision": auto if recipe.precision == "auto" else recipe.precision}
 
-# %% ../nbs/41_parts.ipynb #592fde8c
+# %% ../nbs/41_parts.ipynb #0ffa7808
+def _build_data(r):
+    more = {k: v for k in ("split", "size", "on_error") if (v := getattr(r, k)) is not None}
+    data = DATASETS[r.dataset](r.data, r.imbalance, r.kind, r.subset_seed, r.n_max, **more)
+    require(r.classes in (None, len(data.classes)), f"`classes` must be the number of classes in the data, {len(data.classes)}", r.classes)
+    return data
+
+# %% ../nbs/41_parts.ipynb #91a1a920
 def _build_network(recipe, data):
     torch.manual_seed(recipe.seed)
     net = Network(len(data.classes), len(data.mean), recipe.encoder, recipe.dim, recipe.hidden, recipe.classifier, recipe.scale, recipe.centers)
+    if recipe.pretrained: load_pretrained(net.encoder, recipe.encoder)
+    if recipe.freeze: freeze_early(net.encoder)
     if recipe.sync_bn: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(memory_format=torch.channels_last) if recipe.channels_last else net
 
-# %% ../nbs/41_parts.ipynb #e7ddbfd8
+# %% ../nbs/41_parts.ipynb #d6893e64
 def _freeze_unread(r, network):
     if r.loss in ("ce", "la", "ldam", "cb"): network.head.requires_grad_(False)
     if r.loss not in ("scl", "bcl", "acl") and network.centers is not None: network.centers.requires_grad_(False)
 
-def _build_objective(r, counts):
-    return Objective(r.loss, counts, r.weight, temperature=r.temperature, aligned=r.aligned, negatives=r.negatives, tau=r.tau, alpha=r.alpha, scale=r.scale)
+def _build_objective(r, counts, **more):
+    return Objective(r.loss, counts, r.weight, temperature=r.temperature, aligned=r.aligned, negatives=r.negatives, tau=r.tau, alpha=r.alpha, scale=r.scale, **more)
 
 def _build_optimizer(r, network):
     fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())
@@ -86,7 +96,7 @@ def _build_optimizer(r, network):
 
 def _pipelines(r, data):
     make = lambda policies: ViewPipeline(policies, data.train.shape[-1], data.mean, data.std, r.seed)
-    named = r.policy.split("+")                                           # of surplus policies, a run with fewer views uses the first
+    named = r.policy.split("+")
     return make([named[min(v, len(named) - 1)] for v in range(r.views)]), make("eval")
 
 # %% ../nbs/41_parts.ipynb #8b99ef94
@@ -111,7 +121,7 @@ def load_batches(
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(),
                       pin_memory=torch.cuda.is_available())
 
-# %% ../nbs/41_parts.ipynb #0bd7389a
+# %% ../nbs/41_parts.ipynb #a431977b
 class Parts:
     "Everything that a recipe names, built."
     def __init__(self,
@@ -123,7 +133,7 @@ class Parts:
         self.recipe, self.accelerator = recipe, accelerator or start_processes()
         self.device = self.accelerator.device
         self.setup = setup or find_setup(recipe, self.device)
-        self.data = DATASETS[recipe.dataset](recipe.data, recipe.imbalance, recipe.kind, recipe.subset_seed, recipe.n_max)
+        self.data = _build_data(recipe)
         self.views, self.plain = _pipelines(recipe, self.data)
         self.train, self.test = (_cut_where_decoded(*pair) for pair in ((self.data.train, self.views), (self.data.test, self.plain)))
         self.batches = EpochBatches(len(self.train), recipe.batch_size, recipe.seed)
@@ -133,7 +143,7 @@ class Parts:
         self._learning(_build_network(recipe, self.data).to(self.device))
         seed_rank(recipe.seed)
 
-# %% ../nbs/41_parts.ipynb #5543a0a1
+# %% ../nbs/41_parts.ipynb #5b04d9de
 @patch
 def _learning(self:Parts, bare):
     r, self.bare = self.recipe, bare
@@ -143,6 +153,7 @@ def _learning(self:Parts, bare):
     if r.compile: bare.encoder.compile()
     self.network = self.accelerator.prepare_model(bare)
     self.objective = _build_objective(r, self.data.counts).to(self.device)
+    self.late = None if r.drw is None else _build_objective(r, self.data.counts, weights=class_balanced_weights(self.data.counts)).to(self.device)
     self.optimizer = _build_optimizer(r, bare)
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.setup["precision"] == "fp16")
 
@@ -157,6 +168,13 @@ def lr(self:Parts,
 ):             # learning rate of that step
     r, total = self.recipe, self.recipe.epochs * self.steps
     return r.lr * lr_factor(min(step, total - 1), total, r.schedule, r.warmup)
+
+# %% ../nbs/41_parts.ipynb #f45aee45
+@patch
+def objective_at(self:Parts,
+    epoch:int,  # 0, 1, …
+):              # the `Objective` of that epoch
+    return self.objective if self.late is None or epoch / self.recipe.epochs < self.recipe.drw else self.late
 
 # %% ../nbs/41_parts.ipynb #0754f699
 @patch

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'lr_factor', 'Experiment', 'Recipe']
 
-# %% ../nbs/39_settings.ipynb #027442e3
+# %% ../nbs/39_settings.ipynb #e27015ea
 import math
+import os
 from dataclasses import dataclass, fields
+from inspect import signature
 from types import UnionType
 from typing import get_args
 
 from .checks import choose, require
 from .counts import KINDS
 from .datasets import DATASETS
-from .encoders import ENCODERS
+from .encoders import find_encoder
 from .losses import LOSSES
 from .networks import CENTERS, CLASSIFIERS
 from .pairs import NEGATIVES
@@ -34,20 +36,26 @@ def lr_factor(
     first = math.ceil(warmup * total)
     return (step + 1) / (first + 1) if step < first else choose(schedule, SCHEDULES, "schedule")(step / total)
 
-# %% ../nbs/39_settings.ipynb #0a360d7d
+# %% ../nbs/39_settings.ipynb #5982820f
 @dataclass(frozen=True)
 class Experiment:
     "What a run learns, from which images and how."
     name: str = "custom"
     dataset: str = "digits_lt"      # a key of `DATASETS`
     data: str | None = None         # folder of the data set's files
-    imbalance: float = 20.0         # IF of the training set, at least 1
+    classes: int | None = None      # that the data must have; None: as many as it has
+    split: str | None = None        # part that is tested on: test | val; None: the data set's usual one
+    size: int | None = None         # side of the views in pixels; None: the data set's own
+    on_error: str | None = None     # a broken training image: raise | skip; None: raise
+    imbalance: float | str = 20.0   # IF of the training set, at least 1; as_is: all images that there are
     kind: str = "exp"               # exp | step | balanced
     subset_seed: int = 0            # of the draw of the long-tailed subset; the literature uses 0
     n_max: float | None = None      # images of the largest class; None: the data set's own
     policy: str = "plain"           # of the views: keys of `POLICIES` joined by +; the last serves all further views
     views: int = 2                  # V
-    encoder: str = "resnet8"        # a key of `ENCODERS`
+    encoder: str = "resnet8"        # a key of `ENCODERS`, or timm/NAME
+    pretrained: bool = False        # start from the encoder's published weights
+    freeze: bool = False            # leave the convolutions before the last block as they are
     dim: int = 64                   # D, of the embeddings
     hidden: int = 128               # width of the projection's hidden layer
     classifier: str = "linear"      # linear | cosine
@@ -59,7 +67,8 @@ class Experiment:
     aligned: bool = True            # ACL's first switch
     negatives: str = "batch"        # ACL's third switch: batch | prior | adjusted | none
     tau: float = 1.0                # strength of the logit adjustment
-    alpha: float = 0.05             # GPaCo's weight of a same-class key
+    alpha: float = 0.05             # PaCo's and GPaCo's weight of a same-class key
+    drw: float | None = None        # share of the run after which ldam weighs the classes (deferred re-weighting); None: never
     epochs: int = 30
     batch_size: int = 64            # images, each with V views, over all processes
     lr: float = 0.1                 # peak learning rate of SGD
@@ -88,47 +97,58 @@ class Recipe(Experiment):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         _check_together(self)
 
-# %% ../nbs/39_settings.ipynb #3346bab4
-_RULES = {"imbalance": (lambda v: v >= 1, "at least 1 (largest count / smallest count)"), "n_max": (lambda v: v >= 1, "at least 1"),
+# %% ../nbs/39_settings.ipynb #6d9aa566
+_RULES = {"imbalance": (lambda v: v == "as_is" or v >= 1, "at least 1 (largest count / smallest count)"), "n_max": (lambda v: v >= 1, "at least 1"),
           "weight": (lambda v: v >= 0, "at least 0"), "weight_decay": (lambda v: v >= 0, "at least 0"),
           "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"), "subset_seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"),
           "batch_size": (lambda v: v >= 2, "at least 2"), "tau": (lambda v: v >= 0, "at least 0"), "alpha": (lambda v: v >= 0, "at least 0"),
           "queue": (lambda v: v >= 0, "at least 0")}
 _RULES |= {k: (lambda v: v > 0, "positive") for k in ("temperature", "lr", "scale", "clip")}
-_RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden", "accumulate")}
-_RULES |= {k: (lambda v: 0 <= v < 1, "at least 0 and below 1") for k in ("warmup", "momentum", "ema", "key_momentum")}
-_TABLES = {"dataset": DATASETS, "loss": LOSSES, "encoder": ENCODERS, "classifier": CLASSIFIERS, "centers": CENTERS,
-           "negatives": dict.fromkeys(NEGATIVES), "kind": dict.fromkeys(KINDS), "schedule": SCHEDULES, "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16"))}
+_RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden", "accumulate", "classes", "size")}
+_RULES |= {k: (lambda v: 0 <= v < 1, "at least 0 and below 1") for k in ("warmup", "momentum", "ema", "key_momentum", "drw")}
+_TABLES = {"dataset": DATASETS, "loss": LOSSES, "classifier": CLASSIFIERS, "centers": CENTERS,
+           "negatives": dict.fromkeys(NEGATIVES), "kind": dict.fromkeys(KINDS), "schedule": SCHEDULES, "on_error": dict.fromkeys(("raise", "skip")), "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16"))}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
-# %% ../nbs/39_settings.ipynb #e981b4ce
+# %% ../nbs/39_settings.ipynb #dc6b7c29
 def _converted(value, kind):
     "`value` as a `kind`; None where it can't be one."
     if kind is bool: return _WORDS.get(str(value).lower())
-    if kind is str: return str(value)
+    if kind is str: return os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     try: x = float(value)
     except (TypeError, ValueError): return None
     if isinstance(value, bool) or not math.isfinite(x) or kind is int and x != int(x): return None
     return kind(x)
 
-# %% ../nbs/39_settings.ipynb #9db72fc1
+# %% ../nbs/39_settings.ipynb #8ff83f3f
 def _checked(name, value, kind):
     "The value of a field, converted to its type; `BadInput` when it breaks the field's rule."
-    if isinstance(kind, UnionType):
-        if value is None or value == "none": return None
-        kind = get_args(kind)[0]
+    kind, *more = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value in (None, "none") and more == [type(None)]: return None
+    if value == "as_is" and more == [str]: return value
     noun = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    require((v := _converted(value, kind)) is not None, f"`{name}` must be {noun}", repr(value))
+    require((v := _converted(value, kind)) is not None, f"`{name}` must be {noun}{' or as_is' if more == [str] else ''}", repr(value))
     ok, rule = _RULES.get(name, (lambda v: True, ""))
     require(ok(v), f"`{name}` must be {rule}", v)
     if name in _TABLES: choose(v, _TABLES[name], name)
     if name == "policy": [choose(part, POLICIES, "policy") for part in v.split("+")]
+    if name == "encoder": find_encoder(v)
     return v
 
-# %% ../nbs/39_settings.ipynb #35b33f47
+# %% ../nbs/39_settings.ipynb #b11a2d53
+def _check_data_settings(r):
+    "Rules between a data set and its settings."
+    known = signature(DATASETS[r.dataset]).parameters
+    for k in ("split", "size", "on_error"): require(getattr(r, k) is None or k in known, f"`{k}` must be none: {r.dataset} leaves no choice of it", getattr(r, k))
+    usual = known["imbalance"].default if "imbalance" in known else "as_is"
+    require(r.imbalance != "as_is" or usual == "as_is", f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)", "as_is")
+
+# %% ../nbs/39_settings.ipynb #ac6c4bb4
 def _check_together(r):
     "Rules that join two fields."
+    _check_data_settings(r)
     require(r.loss != "paco" or r.views >= 2, '`loss="paco"` compares a view with others: `views` must be at least 2', r.views)
     require(r.queue == 0 or r.loss in ("paco", "gpaco"), "`queue` must be 0: of the losses, only paco and gpaco read one", f"{r.queue} with {r.loss}")
     require(r.loss != "bcl" or r.centers != "none", '`loss="bcl"` needs class centres: `centers` must be weights or free', r.centers)
+    require(r.drw is None or r.loss == "ldam", "`drw` must be none: of the losses, only ldam re-weighs", f"{r.drw} with {r.loss}")
     require(r.loss != "ldam" or r.classifier == "cosine", '`loss="ldam"` has margins between cosines: `classifier` must be cosine', r.classifier)

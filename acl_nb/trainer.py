@@ -40,7 +40,7 @@ def _keys(parts, views, z, labels):
     old = parts.queue.contents() if parts.queue is not None else (new[0][:0], new[1][:0])
     return tuple(torch.cat(pair) for pair in zip(new, old)) if parts.copy is not None else old, new
 
-# %% ../nbs/42_trainer.ipynb #93fa9c4b
+# %% ../nbs/42_trainer.ipynb #1a3ffd82
 def batch_loss(
     parts:Parts,  # of the run
     batch,        # images uint8 [b, C, H, W], labels [b] and positions [b]: this process's part of the batch
@@ -54,7 +54,7 @@ def batch_loss(
     whole = Output(all_gather(out.z), all_gather(out.logits), out.centers)
     if not whole.z.isfinite().all(): raise Diverged("the embeddings are no longer numbers")
     keys, new = _keys(parts, views, whole.z, labels)
-    loss, terms = parts.objective(whole, labels, *keys)
+    loss, terms = parts.objective_at(epoch)(whole, labels, *keys)
     if not loss.isfinite(): raise Diverged(f"the loss is {loss.item()}")
     return loss, terms, new
 

@@ -6,7 +6,8 @@ import sys
 from contextlib import contextmanager
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["acl_nb.cli", "sklearn.datasets"])
+# torch._dynamo: what averages gradients over processes imports it in its first step
+SERVER.set_forkserver_preload(["acl_nb.cli", "sklearn.datasets", "torch._dynamo"])
 LIMIT = 300    # seconds that a test waits for a process
 
 def _run(f, args, env, said):

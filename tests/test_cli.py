@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from acl_nb.recipes import RECIPES
+
 TRAIN = str(Path(sys.executable).parent/"acl_train")
 QUICK = ["--epochs", "2", "--views", "2", "--set", "n_max=20", "imbalance=4", "dim=8", "hidden=8"]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -56,6 +58,71 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, args, s
     code, err = in_process(args, monkeypatch, capsys)
     assert code == 2 and err.count("\n") == 1 and said in err
     assert os.listdir(tmp_path) == ["a_file"]
+
+GOOD = {"name": "mine", "dataset": "digits_lt", "policy": "digits", "epochs": 2, "n_max": 20, "imbalance": 4, "dim": 8, "hidden": 8}
+BAD_FILES = {
+    "not JSON": ("{'dataset'", "bad.json must be a readable JSON file: Expecting property name"),
+    "empty": ("", "bad.json must be a readable JSON file: Expecting value"),
+    "a list": ([1], "bad.json must hold one JSON object, a field of the recipe an entry; got list"),
+    "no data set": ({"epochs": 3}, "bad.json: `dataset` must be given, the name of a data set"),
+    "unknown data set": ({**GOOD, "dataset": "digts_lt"}, "unknown dataset 'digts_lt': did you mean digits_lt"),
+    "unknown field": ({**GOOD, "epoch": 3}, "bad.json: unknown field 'epoch': did you mean epochs"),
+    "a field twice": ('{"dataset": "digits_lt", "lr": 1, "lr": 2}', "bad.json: a field must be given once; got lr"),
+    "text for a number": ({**GOOD, "lr": "fast"}, "`lr` must be a number; got 'fast'"),
+    "a list for text": ({**GOOD, "policy": ["digits"]}, "`policy` must be text; got ['digits']"),
+    "an object for a number": ({**GOOD, "views": {}}, "`views` must be a whole number; got {}"),
+    "nothing for a number": ({**GOOD, "views": None}, "`views` must be a whole number; got None"),
+    "half an epoch": ({**GOOD, "epochs": 1.5}, "`epochs` must be a whole number; got 1.5"),
+    "no imbalance": ({**GOOD, "imbalance": "as_is"}, "`imbalance` must be a number: digits_lt is cut to a long tail (1 is balanced); got as_is"),
+    "an imbalance of a list": ({"dataset": "imagenet_lt", "imbalance": 100}, "`imbalance` must be as_is and `n_max` unset; got imbalance=100"),
+    "no size to choose": ({**GOOD, "size": 64}, "`size` must be none: digits_lt leaves no choice of it; got 64"),
+    "other classes": ({**GOOD, "classes": 12}, "`classes` must be the number of classes in the data, 10; got 12"),
+    "data that is not there": ({"dataset": "places_lt", "imbalance": "as_is", "data": "nowhere"}, "Places_LT_train.txt not found in nowhere: `acl_data fetch places_lt --data nowhere`"),
+    "an encoder that is not there": ({**GOOD, "encoder": "resnet51"}, "unknown encoder 'resnet51': did you mean resnet50"),
+    "no weights to start from": ({**GOOD, "pretrained": True}, "`pretrained` weights are those of torchvision's and timm's encoders; got resnet8"),
+    "weights for three colours": ({**GOOD, "pretrained": True, "encoder": "resnet18"}, "`pretrained` weights are for images with 3 channels; got 1"),
+    "nothing to freeze": ({**GOOD, "freeze": True}, "`freeze` is for torchvision's ResNets and ResNeXts; got CifarResNet"),
+    "a re-weighting that nothing does": ({**GOOD, "drw": 0.8}, "`drw` must be none: of the losses, only ldam re-weighs; got 0.8 with acl"),
+}
+
+@pytest.mark.parametrize("content, said", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_recipe_file_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, content, said):
+    (tmp_path/"bad.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    code, err = in_process(["--recipe", "bad.json"], monkeypatch, capsys)
+    assert code == 2 and err.count("\n") == 1 and said in err and "Traceback" not in err
+    assert os.listdir(tmp_path) == ["bad.json"]
+
+def test_an_encoder_of_timm_without_timm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.chdir(tmp_path)
+    assert in_process(["--set", "encoder=timm/vit_tiny_patch16_224"], monkeypatch, capsys) == (2, "error: an encoder `timm/…` needs timm: pip install 'acl_nb[timm]'\n")
+
+def test_list_and_print_and_back(tmp_path, monkeypatch, capsys):
+    assert [line.split()[0] for line in main(["--list"], monkeypatch, capsys).splitlines()] == ["recipe", *RECIPES]
+    for name in RECIPES:
+        for loss in "acl", "ldam", "gpaco":
+            shown = main([name, "--loss", loss, "--print"], monkeypatch, capsys)
+            assert json.loads(shown)["loss"] == loss and json.loads(shown)["name"] == name
+            (tmp_path/"r.json").write_text(shown)
+            assert main(["--recipe", str(tmp_path/"r.json"), "--print"], monkeypatch, capsys) == shown
+    assert os.listdir(tmp_path) == ["r.json"]
+
+def main(args, monkeypatch, capsys):
+    "What the command prints."
+    monkeypatch.setattr(sys, "argv", [TRAIN, *args])
+    with pytest.raises(SystemExit) as exit: runpy.run_path(TRAIN, run_name="__main__")
+    assert not exit.value.code
+    return capsys.readouterr().out
+
+def test_a_recipe_file_trains_and_its_run_can_be_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"mine.json").write_text(json.dumps(GOOD))
+    assert "runs/mine-seed=1/report.html" in main(["--recipe", "mine.json", "--seed", "1"], monkeypatch, capsys)
+    first = tmp_path/"runs"/"mine-seed=1"
+    main(["--recipe", str(first/"recipe.json"), "--out", "again"], monkeypatch, capsys)
+    assert history(first) == history(tmp_path/"again") and (first/"recipe.json").read_text() == (tmp_path/"again"/"recipe.json").read_text()
+    assert in_process(["digits_lt", "--recipe", "mine.json"], monkeypatch, capsys) == (2, "error: a recipe must be named or read from a file, not both; got digits_lt and mine.json\n")
 
 def test_a_fresh_process_ends_with_2_and_no_traceback(tmp_path):
     r = acl_train("digts_lt", cwd=tmp_path)

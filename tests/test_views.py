@@ -87,14 +87,12 @@ def test_the_bytes_are_pinned(name):
     views = pipeline([name] * 2)(torch.stack([picture(i, size) for i in range(64)]), None, EPOCH)
     assert hashlib.sha256(views.numpy().tobytes()).hexdigest()[:16] == DIGESTS[name]
 
-def test_training_from_image_files_does_not_depend_on_the_workers(tmp_path, monkeypatch):
+def test_training_from_image_files_does_not_depend_on_the_workers(tmp_path):
     for i in range(36):
         path = tmp_path/"data"/("train" if i < 24 else "test")/"abc"[i % 3]/f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(i, 40 + i).permute(1, 2, 0).numpy()).save(path)
-    import acl_nb.parts
-    monkeypatch.setitem(acl_nb.parts.DATASETS, "folder_lt", lambda data, *_: acl_nb.datasets.folder_lt(data, size=32))
-    tiny = recipe("cifar10_lt", dataset="folder_lt", data=str(tmp_path/"data"), policy="imagenet_rand+imagenet_sim", encoder="resnet8", dim=8, hidden=8, epochs=2, batch_size=8)
+    tiny = recipe("cifar10_lt", dataset="folder_lt", imbalance="as_is", size=32, data=str(tmp_path/"data"), policy="imagenet_rand+imagenet_sim", encoder="resnet8", dim=8, hidden=8, epochs=2, batch_size=8)
     runs = [fit(tiny, tmp_path/str(workers), quiet=True, workers=workers) for workers in (0, 2)]
     histories = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(r.path/"history.jsonl")] for r in runs]
     assert histories[0] == histories[1] and len(histories[0]) == 2

@@ -46,7 +46,7 @@ def read_image(
     require(image.dtype == torch.uint8 and image.ndim == 3, f"{path} must be one picture of 8 bits a channel", f"{image.dtype} {list(image.shape)}")
     return middle_square(image, size)
 
-# %% ../../nbs/04_datasets.files.ipynb #eca1e0f5
+# %% ../../nbs/04_datasets.files.ipynb #304ccf43
 class Pictures(Dataset):
     "What data sets have in common whose images are loaded one by one: `_load(i)` gives uint8 [3, H, W] or raises `BadInput`."
     def __init__(self,
@@ -65,15 +65,17 @@ class Pictures(Dataset):
     def _image(self, i): return self._load(i) if self.views is None else self.views.cut(self._load(i), i, self.epoch.item())
     def __getitem__(self, i): return self._image(i), self.labels[i], i
     def __getitems__(self, ids):
-        good, images = [], []
-        for i in torch.as_tensor(ids).tolist():
-            try: images.append(self._image(i)); good.append(i)
-            except BadInput:
-                if self.on_error == "raise": raise
-                self.broken[i] = True
+        found = [self._if_readable(i) for i in torch.as_tensor(ids).tolist()]
+        good = [f for f in found if f]
         require(good, "a batch must hold at least one readable image", f"none of {len(ids)}")
+        images, ids = zip(*(f or good[k % len(good)] for k, f in enumerate(found)))
         same = len({x.shape for x in images}) == 1
-        return torch.stack(images) if same else images, self.labels[good], torch.tensor(good)
+        return torch.stack(images) if same else list(images), self.labels[list(ids)], torch.tensor(ids)
+    def _if_readable(self, i):
+        try: return self._image(i), i
+        except BadInput:
+            if self.on_error == "raise": raise
+            self.broken[i] = True
 
 # %% ../../nbs/04_datasets.files.ipynb #2b0b3217
 @patch
@@ -86,14 +88,14 @@ def cut_by(self:Pictures,
     other.size = None
     return other
 
-# %% ../../nbs/04_datasets.files.ipynb #a79fc30c
+# %% ../../nbs/04_datasets.files.ipynb #d6c68782
 class ImageFiles(Pictures):
     "Image files below a root; an item is (image uint8 [3, H, W], label, position), a batch stacks them when they are of one size."
     def __init__(self,
         index:ImageList,       # paths, labels and classes
         root,                  # folder that the paths are relative to
         size:int=None,         # side of the middle square in pixels; None: as the file is
-        on_error:str="raise",  # a file that cannot be decoded: raise | skip (a batch comes without it, `skipped` names it)
+        on_error:str="raise",  # a file that cannot be decoded: raise | skip (another of its batch comes twice, `skipped` names it)
     ):
         super().__init__(index.labels, index.classes, size, on_error)
         self.index, self.root = index, Path(root)
@@ -163,16 +165,16 @@ def benchmark_files(
     names = next(iter(lists.values())).classes
     return {part: _as_on_disk(index, root, names) for part, index in lists.items()}
 
-# %% ../../nbs/04_datasets.files.ipynb #053c701d
+# %% ../../nbs/04_datasets.files.ipynb #fb8296d7
 def _from_lists(name, data, split, size, on_error, mean, std):
     "A benchmark from its lists: trained on `train`, tested on `split`."
     root, lists = Path(data or "data"), benchmark_files(name, data, ["train", split])
     for index in lists.values():
         require((root/index.path(0)).is_file(), f"{root} must hold the images of {name}: {BENCHMARKS[name].images}", f"no {index.path(0)}")
-    train, test = (ImageFiles(index, root, size, on_error) for index in lists.values())
+    train, test = (ImageFiles(index, root, size, how) for index, how in zip(lists.values(), (on_error, "raise")))
     return LongTailed(name, train, test, train.classes, mean, std, split)
 
-# %% ../../nbs/04_datasets.files.ipynb #8583d8a0
+# %% ../../nbs/04_datasets.files.ipynb #5c86a7de
 def imagenet_lt(
     data=None,              # folder with train/, val/ and the lists; default: data/
     imbalance="as_is",      # fixed by the list (256)
@@ -181,13 +183,13 @@ def imagenet_lt(
     n_max=None,             # fixed by the list (1,280)
     split:str="test",       # evaluated on: test (50 a class) | val (20 a class)
     size:int=224,           # side of the images in pixels
-    on_error:str="raise",   # a broken file: raise | skip
+    on_error:str="raise",   # a broken file of the training part: raise | skip
 ) -> LongTailed:
     "ImageNet-LT (Liu et al. 2019), 115,846 training images of 1,000 classes."
     _require_as_is("imagenet_lt", imbalance, n_max)
     return _from_lists("imagenet_lt", data, split, size, on_error, IMAGENET_MEAN, IMAGENET_STD)
 
-# %% ../../nbs/04_datasets.files.ipynb #f1fe4ccd
+# %% ../../nbs/04_datasets.files.ipynb #50f892d7
 def inaturalist18(
     data=None,              # folder with train_val2018/ and the lists; default: data/
     imbalance="as_is",      # fixed by the list (500)
@@ -196,13 +198,13 @@ def inaturalist18(
     n_max=None,             # fixed by the list (1,000)
     split:str="val",        # evaluated on: val (3 a class); the test labels were never published
     size:int=224,           # side of the images in pixels
-    on_error:str="raise",   # a broken file: raise | skip
+    on_error:str="raise",   # a broken file of the training part: raise | skip
 ) -> LongTailed:
     "iNaturalist 2018 (Van Horn et al. 2018), 437,513 training images of 8,142 species."
     _require_as_is("inaturalist18", imbalance, n_max)
     return _from_lists("inaturalist18", data, split, size, on_error, INAT_MEAN, INAT_STD)
 
-# %% ../../nbs/04_datasets.files.ipynb #901f7e1e
+# %% ../../nbs/04_datasets.files.ipynb #3ae46590
 def places_lt(
     data=None,              # folder with the images (either layout) and the lists (either family); default: data/
     imbalance="as_is",      # fixed by the list (996)
@@ -211,7 +213,7 @@ def places_lt(
     n_max=None,             # fixed by the list (4,980)
     split:str="test",       # evaluated on: test (36,500 images) | val (7,300); the literature mixes them, so always say which
     size:int=224,           # side of the images in pixels
-    on_error:str="raise",   # a broken file: raise | skip
+    on_error:str="raise",   # a broken file of the training part: raise | skip
 ) -> LongTailed:
     "Places-LT (Liu et al. 2019), 62,500 training images of 365 scenes."
     _require_as_is("places_lt", imbalance, n_max)

@@ -42,13 +42,15 @@ def _cut(train, imbalance, kind, seed, n_max):
     n = torch.bincount(train.labels)
     return train.subset(long_tail_indices(train.labels, class_counts(len(n), n.min().item() if n_max is None else n_max, imbalance, kind), seed))
 
-# %% ../../nbs/05_datasets.own.ipynb #072a4138
+# %% ../../nbs/05_datasets.own.ipynb #fd699ada
 def _held_out(everything, share, seed):
     "(train, test, name of the split) by a stratified draw."
     keep, out = validation_split(everything.labels, share, seed)
-    return everything.subset(keep), everything.subset(out), f"held out {share:g}"
+    train, test = everything.subset(keep), everything.subset(out)
+    if hasattr(test, "on_error"): test.on_error = "raise"               # there is nothing to score
+    return train, test, f"held out {share:g}"
 
-# %% ../../nbs/05_datasets.own.ipynb #c1edb41f
+# %% ../../nbs/05_datasets.own.ipynb #5e7268f7
 def folder_lt(
     data=None,             # root of train/CLASS/* and SPLIT/CLASS/*, or of CLASS/*; default: data/
     imbalance="as_is",     # IF to cut the training part to, or as_is
@@ -58,21 +60,21 @@ def folder_lt(
     split:str="test",      # folder to test on, beside train/
     share:float=0.2,       # of each class, held out for testing when there is no train/
     size:int=224,          # side of the images in pixels
-    on_error:str="raise",  # a broken file: raise | skip
+    on_error:str="raise",  # a broken file of the training part: raise | skip
     mean=IMAGENET_MEAN,    # of each channel, of pixels in 0..1
     std=IMAGENET_STD,      # of each channel
     name:str="folder_lt",  # of the data, for the record
 ) -> LongTailed:
     "Any tree of image folders (torchvision's layout), as it is or cut to a long tail."
     root = Path(data or "data")
-    files = lambda part: ImageFiles(read_folder(root, part), root, size, on_error)
+    files = lambda part, on_error: ImageFiles(read_folder(root, part), root, size, on_error)
     if (root/"train").is_dir():
-        train, test = files("train"), files(split)
+        train, test = files("train", on_error), files(split, "raise")
         require_same_classes(train, test, f"{root}:")
-    else: train, test, split = _held_out(files(""), share, seed)
+    else: train, test, split = _held_out(files("", on_error), share, seed)
     return LongTailed(name, _cut(train, imbalance, kind, seed, n_max), test, train.classes, mean, std, split)
 
-# %% ../../nbs/05_datasets.own.ipynb #addc710f
+# %% ../../nbs/05_datasets.own.ipynb #41587e05
 def imagenet(
     data=None,             # folder with train/CLASS/* and val/CLASS/*; default: data/
     imbalance="as_is",     # as_is: all images; a number: cut to that IF
@@ -81,7 +83,7 @@ def imagenet(
     n_max:float=None,      # images of the largest class when cut
     split:str="val",       # folder to test on; the official 50,000 validation images
     size:int=224,          # side of the images in pixels
-    on_error:str="raise",  # a broken file: raise | skip
+    on_error:str="raise",  # a broken file of the training part: raise | skip
 ) -> LongTailed:
     "ImageNet 2012, all of it, or cut to any long tail; every class folder must be there."
     whole = folder_lt(data, imbalance, kind, seed, n_max, split, size=size, on_error=on_error, name="imagenet")
@@ -136,7 +138,7 @@ class _Mapped(Pictures):
         sha,  # a hashlib object; takes positions and labels
     ): sha.update(self.ids.numpy().astype("<i8").tobytes()); sha.update(self.labels.numpy().astype("<i8").tobytes())
 
-# %% ../../nbs/05_datasets.own.ipynb #11ab2eda
+# %% ../../nbs/05_datasets.own.ipynb #7d1af141
 def dataset_lt(
     dataset,                # map-style; items (picture, …) or rows with a column `image`
     targets=None,           # labels, or the name of a column; default: .targets, .labels or the column `label`
@@ -147,19 +149,19 @@ def dataset_lt(
     test=None,              # the same kind of data set to test on; default: a stratified part of `dataset`
     share:float=0.2,        # of each class, held out when there is no `test`
     size:int=None,          # side of the images in pixels; None: as they are
-    on_error:str="raise",   # an item that is no picture: raise | skip
+    on_error:str="raise",   # an item of the training part that is no picture: raise | skip
     mean=IMAGENET_MEAN,     # of each channel, of pixels in 0..1
     std=IMAGENET_STD,       # of each channel
     name:str="dataset_lt",  # of the data, for the record
 ) -> LongTailed:
     "Any map-style data set (torchvision's, Hugging Face's, one's own), as it is or cut to a long tail."
-    def _wrapped(d, targets):
+    def _wrapped(d, targets, on_error=on_error):
         labels = _labels_of(d, targets)
         column = targets if isinstance(targets, str) else "label"
         names = getattr(d, "classes", None) or getattr((getattr(d, "features", None) or {}).get(column), "names", None) or [str(c) for c in range(int(labels.max()) + 1)]
         return _Mapped(d, torch.arange(len(d)), labels, list(names), size, on_error)
     train, split = _wrapped(dataset, targets), "test"
     if test is None: train, test, split = _held_out(train, share, seed)
-    else: test = _wrapped(test, targets if isinstance(targets, str) else None)
+    else: test = _wrapped(test, targets if isinstance(targets, str) else None, "raise")
     require_same_classes(train, test, f"{name}:")
     return LongTailed(name, _cut(train, imbalance, kind, seed, n_max), test, train.classes, mean, std, split)
