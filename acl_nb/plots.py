@@ -228,7 +228,7 @@ def _block_names(names, most=100):
     edges = [0, *_blocks(len(names), most).bincount().cumsum(0).tolist()]
     return [names[a] if b - a == 1 else f"{names[a]} … {names[b - 1]}" for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/31_plots.ipynb #f87c1515
+# %% ../nbs/31_plots.ipynb #884d7469
 def plot_balance_history(
     history:list,       # one dict an epoch; those of probed epochs have "balance"
     counts,             # [C] training images of each class
@@ -240,14 +240,15 @@ def plot_balance_history(
     require(rows, "`history` must have an epoch that was probed")
     order = torch.as_tensor(counts).argsort(descending=True, stable=True)
     part = lambda key: torch.tensor([h["balance"][key] for h in rows])[:, order].double()        # [epochs, C]
-    pull = part("attraction")
-    share = _block_means(_block_means(pull / (pull + part("wrong_way") + part("repulsion")).clamp_min(1e-30), 200).T)
+    pull, total = (_block_means(_block_means(t, 200).T) for t in (part("attraction"), part("attraction") + part("wrong_way") + part("repulsion")))
+    share = torch.where(total > 0, pull / total, torch.nan)
+    most = max(.1, share.nan_to_num(.5).sub(.5).abs().max().item())
     names = _block_names([f"{classes[i] if classes else f'class {i}'} · {counts[i]}" for i in order.tolist()])
     epochs = [h["epoch"] for h in rows]
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.05, row_heights=[.3, .7])
     fig.add_trace(go.Scatter(x=epochs, y=[h["balance"]["conflict_rate"] for h in rows], line=dict(color=WRONG_WAY), hovertemplate="epoch %{x}: %{y:.1%}<extra></extra>"), 1, 1)
-    fig.add_trace(go.Heatmap(z=share.mul(1000).round().div(1000).tolist(), x=_block_means(torch.tensor(epochs).double(), 200).round().int().tolist(), y=names, zmin=0, zmax=1,
-                             colorscale="Cividis", colorbar=dict(title="pulls", tickformat=".0%", len=.7, y=.33, thickness=12), hovertemplate="%{y}, epoch %{x}: %{z:.0%}<extra></extra>"), 2, 1)
+    fig.add_trace(go.Heatmap(z=share.mul(1000).round().div(1000).tolist(), x=_block_means(torch.tensor(epochs).double(), 200).round().int().tolist(), y=names, zmin=.5 - most, zmax=.5 + most,
+                             colorscale=[REPULSION, "white", ATTRACTION], colorbar=dict(title="pulls", tickformat=".0%", len=.7, y=.33, thickness=12), hovertemplate="%{y}, epoch %{x}: %{z:.0%}<extra></extra>"), 2, 1)
     fig.update_yaxes(title="pairs in conflict", tickformat=".0%", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title="classes, tail → head", autorange="reversed", showticklabels=False, row=2, col=1); fig.update_xaxes(title="epoch", row=2, col=1)
     return styled(fig, title, 460).update_layout(showlegend=False)
