@@ -120,3 +120,18 @@ def test_report_of_many_classes_stays_light(tmp_path, probed):
     (folder/"history.jsonl").write_text("".join(json.dumps({**probed[0].history[0], "epoch": e, "balance": balance}) + "\n" for e in range(1, epochs + 1)))
     page = write_report(Run(folder))
     assert page.stat().st_size - few < 1_000_000 and page.read_text().count("<h2>") == 7
+
+def test_the_doctor_sees_every_part_of_a_machine(tmp_path):
+    r = started("acl_doctor", cwd=tmp_path)
+    lines = [line.split(maxsplit=2) for line in r.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["devices", "precision", "compile", "gather", "decode", "views", "parity", "disk"], r.stderr
+    assert all(line[1] in ("ok", "slow", "missing") for line in lines) and (r.returncode, r.stderr) == (0, "")
+
+def test_what_a_recipe_needs_and_lacks_is_exit_1(tmp_path, monkeypatch, capsys):
+    from acl_nb import doctor
+    monkeypatch.setattr(doctor, "CHECKS", {})
+    monkeypatch.setattr(doctor, "step_rate", lambda r, data: len(data.train) * r.epochs / 3600)
+    monkeypatch.setattr(sys, "argv", ["acl_doctor", "cifar100_lt", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit: runpy.run_path(script("acl_doctor", tmp_path), run_name="__main__")
+    data, step = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 1 and data.startswith("data      fails    CIFAR100 not found") and step.endswith("epochs in about 66 minutes")
