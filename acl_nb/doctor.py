@@ -137,9 +137,18 @@ def _disk(r, folder=".", need=2e9):
     word = "fails" if free < need else "slow" if speed < 20 or free < 5 * need else "ok"
     return Verdict(word, f"{free / 1e9:,.0f} GB free in {Path(folder).resolve()}, written at {speed:,.0f} MB/s")
 
-# %% ../nbs/53_doctor.ipynb #3c221c66
+# %% ../nbs/53_doctor.ipynb #1fbc8d16
+_FETCHED = ("fashion_lt", "cifar10_lt", "cifar100_lt")
+
+def _built(r):
+    "The data set, if it is there."
+    return DATASETS[r.dataset](r.data or ("data" if r.dataset in _FETCHED else None), r.imbalance, r.kind, r.subset_seed, r.n_max)
+
 def _data(r):
-    data = DATASETS[r.dataset](r.data, r.imbalance, r.kind, r.subset_seed, r.n_max)
+    try: data = _built(r)
+    except BadInput:
+        if r.data is None and r.dataset in _FETCHED: return Verdict("missing", "not in data/; a run without --data downloads them when it is online")
+        raise
     return Verdict("ok", f"{len(data.train):,} training images of {len(data.classes):,} classes, {len(data.test):,} of {data.split}")
 
 # %% ../nbs/53_doctor.ipynb #5331775e
@@ -156,7 +165,7 @@ def diagnose(
         except Exception as e: found[name] = Verdict("fails", " ".join(str(e).split()) or type(e).__name__)
     return found
 
-# %% ../nbs/53_doctor.ipynb #35ddb931
+# %% ../nbs/53_doctor.ipynb #379798e5
 _SHAPES = {"digits_lt": ([1, 8, 8], 500), "fashion_lt": ([1, 28, 28], 10_000), "glyphs_lt": ([1, 32, 32], 8_900), "cifar10_lt": ([3, 32, 32], 10_000), "cifar100_lt": ([3, 32, 32], 10_000)}
 
 def _known(r):
@@ -170,7 +179,7 @@ def _known(r):
     return [3, 224, 224], torch.full((b.classes,), b.parts["train"][0] // b.classes), b.parts.get("test", b.parts["val"])[0]
 
 def _sizes(r):
-    try: data = DATASETS[r.dataset](r.data, r.imbalance, r.kind, r.subset_seed, r.n_max)
+    try: data = _built(r)
     except BadInput: return _known(r)
     return data.train.shape, data.counts, len(data.test)
 
