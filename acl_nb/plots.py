@@ -56,7 +56,7 @@ def _shade_groups(fig, counts, many, few):
         fig.add_vrect(x0=start, x1=ids.max().item() + .5, fillcolor=GROUP_SHADES[name], line_width=0, layer="below")
         fig.add_annotation(x=start, y=1, yref="paper", xanchor="left", yanchor="bottom", text=name, showarrow=False, font_size=11)
 
-# %% ../nbs/31_plots.ipynb #09ff7f1c
+# %% ../nbs/31_plots.ipynb #811d5866
 def plot_counts(
     counts,             # [C] images of each class
     title:str="",       # name of the data set
@@ -69,7 +69,7 @@ def plot_counts(
     order = counts.argsort(descending=True, stable=True)
     n = counts[order]
     names = [classes[i] if classes else f"class {i}" for i in order.tolist()]
-    fig = go.Figure(go.Bar(y=n.tolist(), customdata=names, marker_color=NEUTRAL, hovertemplate="%{customdata}: %{y:,} images<extra></extra>"))
+    fig = go.Figure(go.Bar(y=n.tolist(), customdata=names, marker_color=NEUTRAL, marker_line_width=0, hovertemplate="%{customdata}: %{y:,} images<extra></extra>"))
     _shade_groups(fig, n, many, few)
     fig.update_yaxes(type="log", title="training images", dtick=1); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, f"{title}: {n.sum():,} images, {len(n)} classes, imbalance {n.max() / n.min():.4g}".removeprefix(": "))
@@ -190,7 +190,7 @@ def plot_per_class(
     fig.update_yaxes(title="test accuracy", tickformat=".0%", range=[0, 1.05]); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, title)
 
-# %% ../nbs/31_plots.ipynb #2a013c38
+# %% ../nbs/31_plots.ipynb #14bd784d
 def plot_balance(
     balance:dict,  # of `class_balance`: attraction, wrong_way, repulsion, each [C]; or {loss name: such a dict}
     counts,        # [C] images of each class; gives the order
@@ -207,7 +207,7 @@ def plot_balance(
         total = sum(b[key] for _, key, _, _ in parts)
         for name, key, sign, colour in parts:
             share = sign * torch.where(total > 0, b[key] / total, 0)
-            fig.add_trace(go.Bar(y=share[order].tolist(), name=name, marker_color=colour, showlegend=column == 1, customdata=text,
+            fig.add_trace(go.Bar(y=share[order].tolist(), name=name, marker_color=colour, marker_line_width=0, showlegend=column == 1, customdata=text,
                                  hovertemplate="%{customdata}: %{y:.1%}<extra>" + name + "</extra>"), 1, column)
     fig.update_xaxes(showticklabels=False).update_yaxes(tickformat=".0%", range=[-1, 1]).update_annotations(font_size=12)
     fig.update_yaxes(title="← pushes · pulls →", col=1)
