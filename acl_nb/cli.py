@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'ACTIONS', 'default_folder', 'command', 'parse_settings', 'report_line', 'resolve', 'acl_train',
            'benchmark_rows', 'check_data', 'glyphs_report', 'acl_data']
 
-# %% ../nbs/51_cli.ipynb #e2f09595
+# %% ../nbs/51_cli.ipynb #00e4ba5e
 import errno
 import json
 import os
@@ -25,6 +25,7 @@ from .counts import class_counts, shot_groups
 from .datasets import BENCHMARKS, DATASETS, benchmark_files, check_files, fetch_lists, find_list, load_lists
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .hooks import Diverged, Stopped
+from .probes import Probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run, percent
@@ -109,7 +110,7 @@ def _table(rows, left):
 
 def _say(*lines): print(*lines, sep="\n")
 
-# %% ../nbs/51_cli.ipynb #45b67bd0
+# %% ../nbs/51_cli.ipynb #e94385e9
 @call_parse
 @command
 def acl_train(
@@ -128,13 +129,14 @@ def acl_train(
     save_every:float=300,          # seconds between checkpoints within an epoch
     tensorboard:store_true=False,  # write scalars to OUT/tensorboard too
     workers:int=None,              # processes that load images; default: none for images in memory, else one a CPU, 8 at most
+    probe:int=0,         # steps between two measurements of the gradient balance; 0: none, 10 is a good choice
     set:Param("any other fields, as field=value", str, nargs="*", action="extend")=None, # texts "field=value"
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
     if list: return _table(recipe_rows(), 2)
     r, usual = resolve(name, recipe, dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data), set or [])
     if print: return _say(json.dumps(asdict(r), indent=2))
-    _train(r, Path(out) if out else default_folder(r, usual), resume, save_every=save_every, tensorboard=tensorboard, workers=workers)
+    _train(r, Path(out) if out else default_folder(r, usual), resume, hooks=[Probe(r, probe)] if probe else [], save_every=save_every, tensorboard=tensorboard, workers=workers)
 
 # %% ../nbs/51_cli.ipynb #7e3618b8
 def _train(r, out, resume, **how):

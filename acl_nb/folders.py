@@ -48,8 +48,8 @@ def open_folder(
     require(not wrong, f"{out} holds another recipe's run ({'; '.join(wrong[:3])}); choose another --out, or delete it")
     return resume != "never"
 
-# %% ../nbs/40_folders.ipynb #82a9d50c
-_RESULTS = ("summary.json", "report.html", "model.safetensors", "checkpoint", "history.jsonl", "tensorboard")    # deleted in this order
+# %% ../nbs/40_folders.ipynb #c2f1ae72
+_RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors", "checkpoint", "history.jsonl", "tensorboard")    # deleted in this order
 
 # %% ../nbs/40_folders.ipynb #35c8dca7
 def begin_folder(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'Scalars', 'Ema', 'Diverged', 'Stopped', 'Interrupts', 'Saver']
 
-# %% ../nbs/41_hooks.ipynb #3fa3edf5
+# %% ../nbs/41_hooks.ipynb #8b1240e1
 import json
 import math
 import signal
@@ -21,7 +21,7 @@ from .checks import BadInput
 from .momentum import MomentumCopy
 from .networks import Network, save_network
 from .processes import all_max, gather_objects, rank
-from .records import Run, percent, write_json, write_report, write_text
+from .records import Run, percent, write_json, write_predictions, write_report, write_text
 from .settings import Recipe
 
 # %% ../nbs/41_hooks.ipynb #eddc1d53
@@ -61,7 +61,7 @@ def after_epoch(self:Progress, run): # the `Training`; a line of the table
     groups = "".join(f"{percent(row[k]):>9}" for k in ("top1", "many", "medium", "few"))
     self.say(f"{row['epoch']:>5}/{epochs:<3}{row['loss']:>9.3f}{groups}")
 
-# %% ../nbs/41_hooks.ipynb #73d33b2f
+# %% ../nbs/41_hooks.ipynb #702dff3c
 class Scalars:
     "Write every number of the history to TensorBoard."
     def __init__(self,
@@ -77,8 +77,9 @@ class Scalars:
     def after_epoch(self, run): # the `Training`
         if self.writer is None: return
         row = run.history[-1]
+        if "balance" in row: row = {**row, "conflict_rate": row["balance"]["conflict_rate"]}
         for k, v in row.items():
-            if k != "epoch" and v is not None: self.writer.add_scalar(k, v, row["epoch"])
+            if k != "epoch" and isinstance(v, (int, float)): self.writer.add_scalar(k, v, row["epoch"])
         self.writer.flush()
 
 # %% ../nbs/41_hooks.ipynb #232d0e6a
@@ -170,10 +171,11 @@ def _summary(recipe, history, scores):
     return {**scores, "best_top1": max(top1), "best_epoch": 1 + top1.index(max(top1)), "last5_top1": sum(last5) / len(last5), "epochs": len(history),
             "seconds": round(sum(row["seconds"] for row in history), 2), "seed": recipe.seed, "loss": recipe.loss, "views": recipe.views, "recipe": recipe.name}
 
-# %% ../nbs/41_hooks.ipynb #538431e7
+# %% ../nbs/41_hooks.ipynb #19c074cb
 @patch
 def finish(self:Saver, run): # the `Training`, done
     if rank() > 0: return
     save_network(run.tested, self.out/"model.safetensors")
+    write_predictions(run.predictions, self.out/"predictions.npz")
     write_json(self.out/"summary.json", _summary(run.parts.recipe, run.history, run.scores))
     write_report(Run(self.out))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTRACTION', 'REPULSION', 'WRONG_WAY', 'NEUTRAL', 'GROUP_SHADES', 'styled', 'show', 'plot_counts', 'plot_images',
-           'show_views', 'show_samples', 'plot_curves', 'plot_per_class', 'plot_balance']
+           'show_views', 'show_samples', 'plot_curves', 'plot_per_class', 'plot_balance', 'plot_balance_history',
+           'plot_confusion', 'plot_reliability']
 
 # %% ../nbs/31_plots.ipynb #e7055a4d
 import html
@@ -55,7 +56,7 @@ def _shade_groups(fig, counts, many, few):
         fig.add_vrect(x0=start, x1=ids.max().item() + .5, fillcolor=GROUP_SHADES[name], line_width=0, layer="below")
         fig.add_annotation(x=start, y=1, yref="paper", xanchor="left", yanchor="bottom", text=name, showarrow=False, font_size=11)
 
-# %% ../nbs/31_plots.ipynb #09ff7f1c
+# %% ../nbs/31_plots.ipynb #811d5866
 def plot_counts(
     counts,             # [C] images of each class
     title:str="",       # name of the data set
@@ -68,7 +69,7 @@ def plot_counts(
     order = counts.argsort(descending=True, stable=True)
     n = counts[order]
     names = [classes[i] if classes else f"class {i}" for i in order.tolist()]
-    fig = go.Figure(go.Bar(y=n.tolist(), customdata=names, marker_color=NEUTRAL, hovertemplate="%{customdata}: %{y:,} images<extra></extra>"))
+    fig = go.Figure(go.Bar(y=n.tolist(), customdata=names, marker_color=NEUTRAL, marker_line_width=0, hovertemplate="%{customdata}: %{y:,} images<extra></extra>"))
     _shade_groups(fig, n, many, few)
     fig.update_yaxes(type="log", title="training images", dtick=1); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, f"{title}: {n.sum():,} images, {len(n)} classes, imbalance {n.max() / n.min():.4g}".removeprefix(": "))
@@ -189,7 +190,7 @@ def plot_per_class(
     fig.update_yaxes(title="test accuracy", tickformat=".0%", range=[0, 1.05]); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, title)
 
-# %% ../nbs/31_plots.ipynb #2a013c38
+# %% ../nbs/31_plots.ipynb #14bd784d
 def plot_balance(
     balance:dict,  # of `class_balance`: attraction, wrong_way, repulsion, each [C]; or {loss name: such a dict}
     counts,        # [C] images of each class; gives the order
@@ -206,8 +207,85 @@ def plot_balance(
         total = sum(b[key] for _, key, _, _ in parts)
         for name, key, sign, colour in parts:
             share = sign * torch.where(total > 0, b[key] / total, 0)
-            fig.add_trace(go.Bar(y=share[order].tolist(), name=name, marker_color=colour, showlegend=column == 1, customdata=text,
+            fig.add_trace(go.Bar(y=share[order].tolist(), name=name, marker_color=colour, marker_line_width=0, showlegend=column == 1, customdata=text,
                                  hovertemplate="%{customdata}: %{y:.1%}<extra>" + name + "</extra>"), 1, column)
     fig.update_xaxes(showticklabels=False).update_yaxes(tickformat=".0%", range=[-1, 1]).update_annotations(font_size=12)
     fig.update_yaxes(title="← pushes · pulls →", col=1)
     return styled(fig, title, 360).update_layout(barmode="relative", bargap=.1, legend=dict(y=-.22), margin=dict(t=85, b=90))
+
+# %% ../nbs/31_plots.ipynb #1c207bc3
+def _blocks(n, most=100):
+    "[n] which of at most `most` blocks of neighbours each of n things belongs to."
+    return torch.arange(n) * min(n, most) // n
+
+def _block_means(values, most=100):
+    "Means over blocks of the first dimension."
+    blocks = _blocks(len(values), most)
+    total = values.new_zeros(int(blocks[-1]) + 1, *values.shape[1:]).index_add_(0, blocks, values)
+    return total / blocks.bincount().to(values).view(-1, *[1] * (values.ndim - 1))
+
+def _block_names(names, most=100):
+    edges = [0, *_blocks(len(names), most).bincount().cumsum(0).tolist()]
+    return [names[a] if b - a == 1 else f"{names[a]} … {names[b - 1]}" for a, b in zip(edges, edges[1:])]
+
+# %% ../nbs/31_plots.ipynb #884d7469
+def plot_balance_history(
+    history:list,       # one dict an epoch; those of probed epochs have "balance"
+    counts,             # [C] training images of each class
+    classes:list=None,  # C class names, for the hover text
+    title:str="",       # of the figure
+) -> go.Figure:
+    "Conflict rate and share of pulling forces on each class, over the epochs."
+    rows = [h for h in history if "balance" in h]
+    require(rows, "`history` must have an epoch that was probed")
+    order = torch.as_tensor(counts).argsort(descending=True, stable=True)
+    part = lambda key: torch.tensor([h["balance"][key] for h in rows])[:, order].double()        # [epochs, C]
+    pull, total = (_block_means(_block_means(t, 200).T) for t in (part("attraction"), part("attraction") + part("wrong_way") + part("repulsion")))
+    share = torch.where(total > 0, pull / total, torch.nan)
+    most = max(.1, share.nan_to_num(.5).sub(.5).abs().max().item())
+    names = _block_names([f"{classes[i] if classes else f'class {i}'} · {counts[i]}" for i in order.tolist()])
+    epochs = [h["epoch"] for h in rows]
+    fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.05, row_heights=[.3, .7])
+    fig.add_trace(go.Scatter(x=epochs, y=[h["balance"]["conflict_rate"] for h in rows], line=dict(color=WRONG_WAY), hovertemplate="epoch %{x}: %{y:.1%}<extra></extra>"), 1, 1)
+    fig.add_trace(go.Heatmap(z=share.mul(1000).round().div(1000).tolist(), x=_block_means(torch.tensor(epochs).double(), 200).round().int().tolist(), y=names, zmin=.5 - most, zmax=.5 + most,
+                             colorscale=[REPULSION, "white", ATTRACTION], colorbar=dict(title="pulls", tickformat=".0%", len=.7, y=.33, thickness=12), hovertemplate="%{y}, epoch %{x}: %{z:.0%}<extra></extra>"), 2, 1)
+    fig.update_yaxes(title="pairs in conflict", tickformat=".0%", rangemode="tozero", row=1, col=1)
+    fig.update_yaxes(title="classes, tail → head", autorange="reversed", showticklabels=False, row=2, col=1); fig.update_xaxes(title="epoch", row=2, col=1)
+    return styled(fig, title, 460).update_layout(showlegend=False)
+
+# %% ../nbs/31_plots.ipynb #3a4ec3a0
+def plot_confusion(
+    table:torch.Tensor,  # [C, C] of `confusion`
+    counts,              # [C] training images of each class
+    classes:list=None,   # C class names
+    title:str="",        # of the figure
+) -> go.Figure:
+    "Confusion matrix in shares of the true class, head to tail; of more than a hundred classes neighbours are averaged."
+    order = torch.as_tensor(counts).argsort(descending=True, stable=True)
+    images = table[order][:, order].double()
+    share = images / images.sum(1, keepdim=True).clamp_min(1)
+    blocks, n = _blocks(len(order)), min(len(order), 100)
+    share = share.new_zeros(len(share), n).index_add_(1, blocks, share)                # into any class of a block
+    names = _block_names([str(classes[i]) if classes else f"class {i}" for i in order.tolist()])
+    few = len(names) <= 20
+    fig = go.Figure(go.Heatmap(z=_block_means(share).mul(1000).round().div(1000).tolist(), x=list(range(n)), y=list(range(n)), customdata=[[f"{a} taken for {b}" for b in names] for a in names] if few else None,
+                               colorscale="Blues", zmin=0, zmax=1, colorbar=dict(tickformat=".0%", thickness=12), hovertemplate=("%{customdata}" if few else "row %{y}, column %{x}") + ": %{z:.1%}<extra></extra>"))
+    ticks = dict(tickvals=list(range(n)), ticktext=names) if few else dict(showticklabels=False)
+    fig.update_yaxes(title="" if few else "true class, tail → head", autorange="reversed", **ticks)
+    fig.update_xaxes(title="predicted class" if few else "predicted class, head → tail", **ticks)
+    return styled(fig, title, 460)
+
+# %% ../nbs/31_plots.ipynb #9b4425c0
+def plot_reliability(
+    bins:dict,     # of `reliability`: images, confidence, accuracy
+    title:str="",  # of the figure
+) -> go.Figure:
+    "Accuracy against confidence."
+    n = len(bins["images"])
+    share = [k / sum(bins["images"]) for k in bins["images"]]
+    fig = go.Figure(go.Bar(x=[(i + .5) / n for i in range(n)], y=bins["accuracy"], width=.94 / n, marker_color=ATTRACTION, name="accuracy",
+                           customdata=share, hovertemplate="right: %{y:.1%}, of %{customdata:.1%} of all images<extra></extra>"))
+    fig.add_trace(go.Scatter(x=bins["confidence"], y=bins["confidence"], mode="markers", marker=dict(color=WRONG_WAY, symbol="line-ew-open", size=16, line_width=3), name="confidence", hoverinfo="skip"))
+    fig.add_trace(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=dict(color=NEUTRAL, dash="dot"), showlegend=False, hoverinfo="skip"))
+    fig.update_xaxes(title="confidence of the prediction", tickformat=".0%", range=[0, 1]).update_yaxes(title="share that is right", tickformat=".0%", range=[0, 1.02])
+    return styled(fig, title)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_loss', 'Training', 'predict', 'fit']
 
-# %% ../nbs/42_trainer.ipynb #537c29e3
+# %% ../nbs/42_trainer.ipynb #c49b5c51
 import os
 import time
 import warnings
@@ -21,7 +21,7 @@ from .checkpoints import latest, load_checkpoint, set_random_state
 from .checks import require
 from .folders import begin_folder, check_data, fingerprint, open_folder
 from .hooks import Diverged, Ema, Interrupts, Progress, Saver, Scalars
-from .metrics import evaluate
+from .metrics import evaluate, predictions
 from .networks import Output
 from .pairs import flatten_views
 from .parts import Parts, find_setup, load_batches, start_processes
@@ -58,7 +58,7 @@ def batch_loss(
     if not loss.isfinite(): raise Diverged(f"the loss is {loss.item()}")
     return loss, terms, new
 
-# %% ../nbs/42_trainer.ipynb #0a8e14cb
+# %% ../nbs/42_trainer.ipynb #6fdca3be
 class Training:
     "A run under way."
     def __init__(self,
@@ -67,15 +67,16 @@ class Training:
     ):
         self.parts, self.hooks, self.tested = parts, list(hooks), parts.bare
         self.epoch = self.batch = self.step = 0
-        self.sums, self.values, self.history, self.scores, self.seconds = {}, [], [], None, 0.
+        self.sums, self.values, self.history, self.seconds = {}, [], [], 0.
+        self.scores = self.predictions = None                   # of the last test
 
     def tell(self, event): # "begin", "after_step", …
         for hook in self.hooks: getattr(hook, event, lambda run: None)(self)
 
-# %% ../nbs/42_trainer.ipynb #37aa10d6
+# %% ../nbs/42_trainer.ipynb #c4038536
 @patch
 def state_dict(self:Training):
-    own = {k: getattr(self, k) for k in ("step", "sums", "history", "scores")}
+    own = {k: getattr(self, k) for k in ("step", "sums", "history", "scores", "predictions")}
     return {**own, "parts": self.parts.state_dict(), "seconds": time.perf_counter() - self.clock, "setup": self.parts.setup,
             "run": fingerprint(self.parts.recipe)}
 
@@ -83,7 +84,7 @@ def state_dict(self:Training):
 def load_state_dict(self:Training,
     state:dict,  # of a checkpoint
 ):
-    for k in ("epoch", "batch", "step", "sums", "history", "scores", "seconds"): setattr(self, k, state[k])
+    for k in ("epoch", "batch", "step", "sums", "history", "scores", "predictions", "seconds"): setattr(self, k, state[k])
     self.parts.load_state_dict(state["parts"])
     for hook in self.hooks:
         if (name := type(hook).__name__) in state["hooks"]: hook.load_state_dict(state["hooks"][name])
@@ -138,14 +139,14 @@ def predict(
     network.train(was_training)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
-# %% ../nbs/42_trainer.ipynb #acb10328
+# %% ../nbs/42_trainer.ipynb #92383cf1
 @patch
-def test(self:Training): # a line of the history; the scores stay in `scores`
+def test(self:Training): # a line of the history; the rest stays in `scores` and `predictions`
     p = self.parts
     copy_from_first(self.tested.buffers())                  # running statistics are each process's own
     logits, labels = predict(self.tested, p.test, p.plain, p.device, workers=p.workers)
     if not logits.isfinite().all(): raise Diverged("the logits of the test images are no longer numbers")
-    self.scores = evaluate(logits, labels, p.data.counts)
+    self.scores, self.predictions = evaluate(logits, labels, p.data.counts), predictions(logits, labels)
     return {"epoch": self.epoch + 1, "lr": p.lr(self.epoch * p.steps), **{k: v / self.batch for k, v in self.sums.items()},
             **{k: self.scores[k] for k in ("top1", "many", "medium", "few")}, "seconds": time.perf_counter() - self.clock}
 

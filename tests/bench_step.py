@@ -12,6 +12,7 @@ from PIL import Image
 import acl_nb.parts
 from acl_nb.datasets import ImageArray, LongTailed
 from acl_nb.parts import Parts
+from acl_nb.probes import Probe
 from acl_nb.recipes import recipe
 from acl_nb.trainer import Training
 from bench_losses import interleaved, median_ratio
@@ -63,16 +64,17 @@ class Published:
         self.run.train_step([(torch.empty(0), self.labels[ids], ids)])
 
 def parts_of_a_step(run):
-    "What the rest of a step consists of."
+    "What the rest of a step consists of; and one measurement of a probe, which is made in one step of ten."
     p = run.parts
     images, labels, ids = next(iter(p.loader))
     out, grads = p.network(p.views(images, ids, 0)), [torch.randn_like(q) for q in p.bare.parameters()]
     z, logits = out.z.detach().requires_grad_(), out.logits.detach().requires_grad_()
     def loss(): p.objective(out._replace(z=z, logits=logits, centers=out.centers.detach()), labels)[0].backward()
+    probe = Probe(p.recipe)
     def update():
         for q, g in zip(p.bare.parameters(), grads): q.grad = g
         p.optimizer.step()
-    return {"views": lambda: p.views(images, ids, 0), "loss": loss, "optimiser": update}
+    return {"views": lambda: p.views(images, ids, 0), "loss": loss, "optimiser": update, "a probe": lambda: probe.measure(p.objective, out._replace(z=z.detach(), logits=logits.detach()), labels)}
 
 def report(rounds):
     for name, settings in {"a CPU user's defaults": {}, "float32": dict(precision="fp32")}.items():
@@ -80,7 +82,7 @@ def report(rounds):
         steps = {"encoder alone": encoder_alone(run), "whole step": whole_step(run), "published": Published(), **parts_of_a_step(training(**settings))}
         seconds = interleaved(steps, rounds)
         print(f"\n{name}: {run.parts.setup['precision']}, channels {'last' if run.parts.recipe.channels_last else 'first'}; {B} images, {V} views, {run.parts.recipe.encoder}, {run.parts.recipe.policy}")
-        for k, s in seconds.items(): print(f"{k:16}{1e3 * statistics.median(s):9.1f} ms{median_ratio(s, seconds['encoder alone']):8.3f} × encoder alone{median_ratio(s, seconds['published']):8.3f} × published")
+        for k, s in seconds.items(): print(f"{k:18}{1e3 * statistics.median(s):9.1f} ms{median_ratio(s, seconds['encoder alone']):8.3f} × encoder alone{median_ratio(s, seconds['published']):8.3f} × published")
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
