@@ -24,7 +24,7 @@ def train(data, out, save_every, on_error="skip"):
     from acl_nb.datasets import BENCHMARKS
     parts = {"train": (sum(COUNTS), 1, COUNTS[0]), "val": (30, 1, 1), "test": (60, 2, 2)}
     BENCHMARKS["imagenet_lt"] = replace(BENCHMARKS["imagenet_lt"], classes=30, parts=parts)
-    acl_train("imagenet_lt_resnet50_90", data=str(data), out=str(out), save_every=save_every, workers=1, views="3", set=[*SETTINGS, f"on_error={on_error}"])
+    acl_train("imagenet_lt_resnet50_90", data=str(data), out=str(out), save_every=save_every, workers=1, views="3", probe=2, set=[*SETTINGS, f"on_error={on_error}"])
 
 def tree(root):
     "The folders and lists of ImageNet-LT; every class has its own colour."
