@@ -16,16 +16,16 @@ from ..checks import require
 from ..gradients import pair_gradients
 from ..plots import ATTRACTION, NEUTRAL, REPULSION, WRONG_WAY, show, styled
 
-# %% ../../nbs/61_widgets.conflict.ipynb #75e84ad5
+# %% ../../nbs/61_widgets.conflict.ipynb #8253a8a9
 def group_angles(
-    n:int,         # points
-    angle:float,   # of the middle, in degrees from the anchor
-    width:float,   # from the first to the last, in degrees
-) -> list:         # n angles
+    n:int,        # points
+    angle:float,  # of the first pair, in degrees from the anchor
+    step:float,   # to the next pair, in degrees
+) -> list:        # n angles
     "Angles of a group of points."
-    return [angle + width * (k / (n - 1) - .5) if n > 1 else angle for k in range(n)]
+    return [(-1) ** k * (angle + step * (k // 2)) for k in range(n)]
 
-# %% ../../nbs/61_widgets.conflict.ipynb #0fe877c5
+# %% ../../nbs/61_widgets.conflict.ipynb #bb6e7109
 def conflict_numbers(
     views:int=3,               # of the anchor's image, itself included: views - 1 positives
     images:int=2,              # other images of its class, a positive each
@@ -37,8 +37,8 @@ def conflict_numbers(
 ) -> dict:                     # angle, kind, q, scl, acl: a list each, a place a key; target: 1/|P|, nan without a positive
     "Shares and net coefficients of one anchor's keys."
     require(min(views - 1, images, negatives) >= 0, "`views` must be at least 1, `images` and `negatives` at least 0", f"{views}, {images}, {negatives}")
-    groups = [("view", views - 1, view_angle, 12), ("image", images, image_angle, 24), ("negative", negatives, negative_angle, 70)]
-    angle = [a for _, n, middle, width in groups for a in group_angles(n, middle, width)]
+    groups = [("view", views - 1, view_angle, 7), ("image", images, image_angle, 10), ("negative", negatives, negative_angle, 20)]
+    angle = [a for _, n, first, step in groups for a in group_angles(n, first, step)]
     kind = [name for name, n, _, _ in groups for _ in range(n)]
     radians = torch.tensor([0., *angle], dtype=torch.float64).deg2rad()
     z, labels = torch.stack([radians.cos(), radians.sin()], 1)[:, None], torch.tensor([0] + [k == "negative" for k in kind]).long()
@@ -81,7 +81,7 @@ def _circle_lines(n, loss):
         lines.append({"x": [v for x, _ in arrows for v in (*x, None)], "y": [v for _, y in arrows for v in (*y, None)], "customdata": []})
     return lines
 
-# %% ../../nbs/61_widgets.conflict.ipynb #c1fd81ee
+# %% ../../nbs/61_widgets.conflict.ipynb #3787753a
 def conflict_lines(
     numbers:dict,  # of `conflict_numbers`
 ) -> tuple:        # what the traces show: a list of dicts; the headlines of SCL and ACL
@@ -91,7 +91,7 @@ def conflict_lines(
     target = {"x": names, "y": [None if n["target"] != n["target"] else n["target"]] * len(names), "customdata": []}
     pushed = {loss: sum(_role(k, c) == _WRONG for k, c in zip(n["kind"], n[loss])) for loss in ("scl", "acl")}
     n_pos = sum(k != "negative" for k in n["kind"])
-    heads = [f"{name}<br><span style='font-size:22px'>{pushed[loss]} of {n_pos}</span> positives pushed away" for loss, name in (("scl", "SCL"), ("acl", "ACL"))]
+    heads = [f"{name}<br><span style='font-size:18px'>{pushed[loss]} of {n_pos}</span> positives pushed away" for loss, name in (("scl", "SCL"), ("acl", "ACL"))]
     return [*_circle_lines(n, "scl"), *_circle_lines(n, "acl"), bars[0], bars[1], target], heads
 
 # %% ../../nbs/61_widgets.conflict.ipynb #9e8d4f84
