@@ -52,7 +52,7 @@ class Explorer(ipywidgets.VBox):
     @property
     def values(self): return {name: c.value for name, c in self.controls.items()}
 
-# %% ../../nbs/63_widgets.ipynb #84932396
+# %% ../../nbs/63_widgets.ipynb #9cfa69a9
 @patch
 def redraw(self:Explorer,
     _=None, # the change that a control reports
@@ -64,14 +64,20 @@ def redraw(self:Explorer,
             for key, value in line.items(): self.figure.data[place][key] = value
         for key, value in layout.items(): self.figure.layout[key] = value
 
+def _close(widget):
+    "A widget with its layout and style, which are widgets too."
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if isinstance(part, ipywidgets.Widget): part.close()
+
 @patch
 def close(self:Explorer):
     "Close controls and figure, and let go of all that was kept."
     if self.figure is None: return
     for c in self.controls.values(): c.unobserve_all()
     getattr(self.read, "forget", lambda: None)()
-    for w in (*self.controls.values(), *self.children): w.close()
+    parts = (*self.controls.values(), *self.children, self.layout)
     self.controls, self.children, self.read, self.figure = {}, (), None, None
+    for w in parts: _close(w)
     ipywidgets.VBox.close(self)
 
 # %% ../../nbs/63_widgets.ipynb #d8e4acab
