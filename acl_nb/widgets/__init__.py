@@ -8,7 +8,8 @@ __all__ = ['SIDES', 'Explorer', 'pick', 'steps', 'whole', 'side_name', 'BalanceR
            'made_batch', 'run_batch', 'conflict_figure', 'conflict_numbers', 'count_figure', 'count_numbers',
            'run_figure', 'views_figure']
 
-# %% ../../nbs/63_widgets.ipynb #de0e417d
+# %% ../../nbs/63_widgets.ipynb #637e6581
+import os
 from functools import lru_cache
 
 import ipywidgets
@@ -79,6 +80,12 @@ def close(self:Explorer):
     self.controls, self.children, self.read, self.figure = {}, (), None, None
     for w in parts: _close(w)
     ipywidgets.VBox.close(self)
+
+# %% ../../nbs/63_widgets.ipynb #79bfaea8
+@patch
+def _repr_mimebundle_(self:Explorer, **kwargs):
+    if "ACL_NB_STILL" in os.environ: return {"text/plain": "An explorer: open this notebook in JupyterLab or Voilà and run the cell."}
+    return ipywidgets.VBox._repr_mimebundle_(self, **kwargs)
 
 # %% ../../nbs/63_widgets.ipynb #d8e4acab
 _WIDE = {"style": {"description_width": "120px"}, "layout": {"width": "370px"}}
