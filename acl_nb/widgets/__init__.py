@@ -34,7 +34,16 @@ class _Figure(go.FigureWidget):
     "A figure that can be forgotten."
     _esm = str(go.FigureWidget._esm)
 
-# %% ../../nbs/63_widgets.ipynb #62d3434b
+# %% ../../nbs/63_widgets.ipynb #dcfa7f0b
+def _overwrite(figure, places, lines, layout):
+    "Traces and settings of a figure, in a single message."
+    with figure.batch_update():
+        for place, line in zip(places or range(len(lines)), lines):
+            for key, value in line.items(): figure.data[place][key] = value
+        for key, value in layout.items(): figure.layout[key] = value
+    return figure
+
+# %% ../../nbs/63_widgets.ipynb #d787f2aa
 class Explorer(ipywidgets.VBox):
     "Controls above a figure that follows them."
     def __init__(self,
@@ -44,26 +53,21 @@ class Explorer(ipywidgets.VBox):
         places:list=None,# positions of these traces in the figure; None: from the first
     ):
         self.controls, self.read, self.places = controls, read, places
-        self.figure = _Figure(figure)
+        self.figure = _Figure(_overwrite(go.Figure(figure), places, *read(**self.values)))
         for c in controls.values(): c.observe(self.redraw, "value")
         row = ipywidgets.Box(list(controls.values()), layout=ipywidgets.Layout(display="flex", flex_flow="row wrap"))
         super().__init__([row, self.figure])
-        self.redraw()
 
     @property
     def values(self): return {name: c.value for name, c in self.controls.items()}
 
-# %% ../../nbs/63_widgets.ipynb #9cfa69a9
+# %% ../../nbs/63_widgets.ipynb #5d69c8de
 @patch
 def redraw(self:Explorer,
     _=None, # the change that a control reports
 ):
     "Overwrite what moves, at once."
-    lines, layout = self.read(**self.values)
-    with self.figure.batch_update():
-        for place, line in zip(self.places or range(len(lines)), lines):
-            for key, value in line.items(): self.figure.data[place][key] = value
-        for key, value in layout.items(): self.figure.layout[key] = value
+    _overwrite(self.figure, self.places, *self.read(**self.values))
 
 def _close(widget):
     "A widget with its layout and style, which are widgets too."
