@@ -32,6 +32,7 @@ if __name__ == "__main__":
     torch.set_num_threads(min(2, os.cpu_count()))
     explorer = balance_explorer()
     for name, value in LARGE.items(): explorer.controls[name].value = value
+    for value in (.05, .1, .2): explorer.controls["temperature"].value = value             # warm
     print(f"balance_explorer, 256 x 4 views x 100 classes, two losses, {torch.get_num_threads()} threads; goal: below 150 ms")
     print(f"{'move':30} {'read ms':>9} {'redraw ms':>10}")
     for label, (name, values) in MOVES.items(): print("{:30} {:9.1f} {:10.1f}".format(label, *moves(explorer, name, values)), flush=True)

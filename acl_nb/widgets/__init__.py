@@ -43,7 +43,7 @@ def _overwrite(figure, places, lines, layout):
         for key, value in layout.items(): figure.layout[key] = value
     return figure
 
-# %% ../../nbs/63_widgets.ipynb #d787f2aa
+# %% ../../nbs/63_widgets.ipynb #705174a6
 class Explorer(ipywidgets.VBox):
     "Controls above a figure that follows them."
     def __init__(self,
@@ -54,6 +54,7 @@ class Explorer(ipywidgets.VBox):
     ):
         self.controls, self.read, self.places = controls, read, places
         self.figure = _Figure(_overwrite(go.Figure(figure), places, *read(**self.values)))
+        self.figure._config = {**(self.figure._config or {}), "responsive": True}
         for c in controls.values(): c.observe(self.redraw, "value")
         row = ipywidgets.Box(list(controls.values()), layout=ipywidgets.Layout(display="flex", flex_flow="row wrap"))
         super().__init__([row, self.figure])

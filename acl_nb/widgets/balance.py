@@ -135,7 +135,7 @@ def class_order(
     "In which order the classes stand."
     return choose(sort, SORTS, "sort")(batch, numbers).argsort(stable=True)
 
-# %% ../../nbs/60_widgets.balance.ipynb #bb27c7b4
+# %% ../../nbs/60_widgets.balance.ipynb #400ab8d1
 _BARS = (("attraction", "attraction", 1, ATTRACTION), ("wrong way", "wrong_way", -1, WRONG_WAY), ("repulsion", "repulsion", -1, REPULSION))
 BARS = ("sum", "share")
 
@@ -147,8 +147,8 @@ def headline(
     shown = lambda key, form: "–" if numbers[key] != numbers[key] else form.format(numbers[key])
     without = numbers["unattracted"]
     note = f", {without} classes unattracted" if without else ""
-    return (f"<b>{name}</b><br><span style='font-size:22px'>{shown('conflict', '{:.0%}')}</span> pushed apart, {shown('taken_back', '{:.0%}')} of the pull taken back"
-            f"<br><span style='font-size:22px'>{shown('spread', '{:.3g}×')}</span> spread{note}")
+    return (f"<b>{name}</b><br><span style='font-size:18px'>{shown('conflict', '{:.0%}')}</span><span style='font-size:12px'> pushed apart, {shown('taken_back', '{:.0%}')} of the pull taken back</span>"
+            f"<br><span style='font-size:18px'>{shown('spread', '{:.3g}×')}</span><span style='font-size:12px'> spread{note}</span>")
 
 # %% ../../nbs/60_widgets.balance.ipynb #1f0d46e5
 def balance_lines(
@@ -186,13 +186,13 @@ def _panels(sides, lines):
         else: fig.add_trace(go.Bar(**line, name=_BARS[part][0], marker_color=_BARS[part][3], showlegend=column == 1, hovertemplate=hover + _BARS[part][0] + "</extra>"), 1, column)
     return fig
 
-# %% ../../nbs/60_widgets.balance.ipynb #2dba147c
+# %% ../../nbs/60_widgets.balance.ipynb #6549de66
 def _balance_panels(batch, sides, sort="images", bars="sum"):
     "The figure of two losses."
     fig = styled(_panels(sides, balance_lines(batch, sides, sort, bars)), height=560).update_layout(shapes=_shades(batch, sort), barmode="relative", bargap=.1, margin=dict(l=70, t=105, b=80), legend=dict(y=-.09))
     fig.update_xaxes(showticklabels=False).update_xaxes(title="classes, head → tail" if sort == "images" else f"classes by {sort}", title_standoff=6, row=2)
-    fig.update_yaxes(title="← pushes · pulls →", row=1, col=1).update_yaxes(type="log", row=2).update_yaxes(title="attraction :<br>repulsion", row=2, col=1)
-    return fig.update_annotations(font_size=13)
+    fig.update_yaxes(title="← pushes · pulls →", row=1, col=1).update_yaxes(type="log", dtick=1, row=2).update_yaxes(title="attraction :<br>repulsion", row=2, col=1)
+    return fig.update_annotations(font_size=15)
 
 # %% ../../nbs/60_widgets.balance.ipynb #2757c534
 LOSSES = {"SCL": {"loss": "scl"}, "BCL": {"loss": "bcl"}, "PaCo": {"loss": "paco"}, "ACL": {"loss": "acl"}, "ACL, adjusted": {"loss": "acl", "negatives": "adjusted"},

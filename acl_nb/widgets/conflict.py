@@ -81,7 +81,7 @@ def _circle_lines(n, loss):
         lines.append({"x": [v for x, _ in arrows for v in (*x, None)], "y": [v for _, y in arrows for v in (*y, None)], "customdata": []})
     return lines
 
-# %% ../../nbs/61_widgets.conflict.ipynb #3787753a
+# %% ../../nbs/61_widgets.conflict.ipynb #9e53f072
 def conflict_lines(
     numbers:dict,  # of `conflict_numbers`
 ) -> tuple:        # what the traces show: a list of dicts; the headlines of SCL and ACL
@@ -91,10 +91,10 @@ def conflict_lines(
     target = {"x": names, "y": [None if n["target"] != n["target"] else n["target"]] * len(names), "customdata": []}
     pushed = {loss: sum(_role(k, c) == _WRONG for k, c in zip(n["kind"], n[loss])) for loss in ("scl", "acl")}
     n_pos = sum(k != "negative" for k in n["kind"])
-    heads = [f"{name}<br><span style='font-size:18px'>{pushed[loss]} of {n_pos}</span> positives pushed away" for loss, name in (("scl", "SCL"), ("acl", "ACL"))]
+    heads = [f"{name}<br><span style='font-size:18px'>{pushed[loss]} of {n_pos}</span><span style='font-size:12px'> positives pushed away</span>" for loss, name in (("scl", "SCL"), ("acl", "ACL"))]
     return [*_circle_lines(n, "scl"), *_circle_lines(n, "acl"), bars[0], bars[1], target], heads
 
-# %% ../../nbs/61_widgets.conflict.ipynb #9e8d4f84
+# %% ../../nbs/61_widgets.conflict.ipynb #9fce1793
 def _circle(fig, lines, column):
     ring = [math.radians(a) for a in range(0, 361, 4)]
     fig.add_trace(go.Scatter(x=[math.cos(a) for a in ring], y=[math.sin(a) for a in ring], mode="lines", line=dict(color="#C8CED3", width=1), hoverinfo="skip", showlegend=False), 1, column)
@@ -118,7 +118,7 @@ def _framed(fig):
     styled(fig, height=560).update_layout(margin=dict(l=60, t=80, b=90), legend=dict(y=-.1))
     fig.update_xaxes(range=[-1.5, 1.5], visible=False, row=1).update_yaxes(range=[-1.35, 1.35], visible=False, row=1).update_xaxes(showticklabels=False, row=2, title="keys", title_standoff=6)
     for axis, x in (("yaxis", "x"), ("yaxis2", "x2")): fig.layout[axis].update(scaleanchor=x, scaleratio=1)
-    return fig.update_yaxes(title="share q", row=2, col=1).update_yaxes(title="coefficient", row=2, col=2).update_annotations(font_size=13)
+    return fig.update_yaxes(title="share q", row=2, col=1).update_yaxes(title="coefficient", row=2, col=2).update_annotations(font_size=15)
 
 # %% ../../nbs/61_widgets.conflict.ipynb #b73f0b01
 def conflict_figure(

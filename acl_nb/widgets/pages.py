@@ -60,7 +60,7 @@ def count_lines(
     lines = [{"x": x, "y": n["counts"].tolist(), "customdata": text}, {"x": x, "y": n["keys"].tolist(), "customdata": text}, {"x": x, "y": (n["keys"] + 1).tolist(), "customdata": text}]
     return lines, head, _group_shapes(n["groups"])
 
-# %% ../../nbs/62_widgets.pages.ipynb #a42eacd5
+# %% ../../nbs/62_widgets.pages.ipynb #91ef5003
 def count_figure(
     over:str=None,    # an argument of `count_numbers` that becomes the page's slider
     values:tuple=(),  # its positions
@@ -75,7 +75,7 @@ def count_figure(
     fig.add_trace(go.Bar(**counts, marker_color=NEUTRAL, name="training images", hovertemplate=hover + "images</extra>"), 1, 1)
     fig.add_trace(go.Scatter(**keys, line_color=REPULSION, name="keys in a batch", hovertemplate=hover + "keys</extra>"), 2, 1)
     fig.add_trace(go.Scatter(**joined, line=dict(color=ATTRACTION, dash="dash"), name="with its centre", hovertemplate=hover + "with its centre</extra>"), 2, 1)
-    styled(fig, height=500).update_layout(shapes=shapes, bargap=.1, margin_t=80, legend_y=-.13).update_yaxes(type="log", dtick=1).update_annotations(font_size=13)
+    styled(fig, height=500).update_layout(shapes=shapes, bargap=.1, margin_t=80, legend_y=-.13).update_yaxes(type="log", dtick=1).update_annotations(font_size=14)
     fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2).update_xaxes(title="classes, head → tail", row=2)
     return _slider(fig, over, values, [({k: [l[k] for l in ls] for k in ("x", "y", "customdata")}, {"annotations[0].text": h, "shapes": s}) for ls, h, s in states]) if over else fig
 
@@ -156,7 +156,7 @@ def run_lines(
         heads.append(f"{name}<br>" + ("not probed" if c is None else f"<span style='font-size:18px'>{c:.0%}</span> pushed apart"))
     return lines, heads
 
-# %% ../../nbs/62_widgets.pages.ipynb #14fbd36f
+# %% ../../nbs/62_widgets.pages.ipynb #77075366
 def _run_top(fig, runs):
     "Accuracy over the epochs, and of each class."
     for (name, run), colour in zip(runs.items(), RUN_COLOURS):
@@ -175,7 +175,7 @@ def _run_panels(runs, epoch=None):
         name, colour = (("attraction", ATTRACTION), ("wrong way", WRONG_WAY), ("repulsion", REPULSION))[i % 3]
         fig.add_trace(go.Bar(**line, name=name, marker_color=colour, showlegend=i < 3, hovertemplate="%{customdata}: %{y:.3g}<extra>" + name + "</extra>"), 3, i // 3 + 1)
     fig.update_yaxes(title="← pushes · pulls →", row=3, col=1).update_xaxes(title="classes, head → tail", showticklabels=False, row=3)
-    return styled(fig, height=760).update_layout(barmode="relative", bargap=.1, legend_y=-.07, margin_b=80).update_annotations(font_size=13)
+    return styled(fig, height=760).update_layout(barmode="relative", bargap=.1, legend_y=-.07, margin_b=80).update_annotations(font_size=14)
 
 # %% ../../nbs/62_widgets.pages.ipynb #f2041347
 def run_figure(
