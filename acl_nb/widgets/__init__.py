@@ -152,12 +152,21 @@ class BalanceReader:
     def forget(self):
         self.batch.cache_clear(); self.numbers.cache_clear()
 
-# %% ../../nbs/63_widgets.ipynb #88fc19d2
+# %% ../../nbs/63_widgets.ipynb #a1bc23c3
 @patch
 def __call__(self:BalanceReader,
-    views, batch_size, classes, imbalance, geometry, seed, temperature, sort, bars, # of `made_batch`, `balance_numbers` and `balance_lines`
-    **switches,                                                                     # left_loss, left_aligned, left_centers, left_negatives; the same with right_
-) -> tuple:                                                                         # lines and layout, for an `Explorer`
+    views,        # of `made_batch` or `run_batch`, as the next five
+    batch_size,   # images
+    classes,      # C
+    imbalance,    # IF
+    geometry,     # a key of `GEOMETRY`, or any other name for the run's own
+    seed,         # of images and points
+    temperature,  # of `balance_numbers`
+    sort,         # of `balance_lines`
+    bars,         # of `balance_lines`
+    **switches,   # left_loss, left_aligned, left_centers, left_negatives; the same with right_
+) -> tuple:       # lines and layout, for an `Explorer`
+    "What moves, at these values."
     points = views, batch_size, classes, imbalance, geometry, seed
     sides = [tuple(switches[f"{side}_{key}"] for key in ("loss", "aligned", "centers", "negatives")) for side in ("left", "right")]
     sides = [s if s[0] == "ACL" else (s[0], True, True, "batch") for s in sides]                # switches that mean nothing make no difference
