@@ -203,58 +203,58 @@ def balance_explorer(
     controls = _side_controls("left", "SCL") | _side_controls("right", "ACL") | _batch_controls([*GEOMETRY, *own])
     return Explorer(controls, balance_figure(batch_size=2, classes=2), BalanceReader(opened))
 
-# %% ../../nbs/63_widgets.ipynb #55e05a56
+# %% ../../nbs/63_widgets.ipynb #1dfce0a5
 def conflict_explorer() -> Explorer:
     "One anchor on a circle, its pulls and pushes under SCL and ACL."
-    def read(**values):
+    def _read(**values):
         lines, heads = conflict_lines(conflict_numbers(**values))
         return lines, {f"annotations[{k}].text": h for k, h in enumerate(heads)}
     angle = lambda label, value: ipywidgets.IntSlider(value, 0, 180, 5, description=label, **_WIDE)
     controls = {"views": whole("views", 1, 8, 1), "images": whole("images of its class", 0, 6, 2), "negatives": whole("negatives", 0, 12, 4),
                 "view_angle": angle("views at (degrees)", 15), "image_angle": angle("images at", 60), "negative_angle": angle("negatives at", 140),
                 "temperature": steps("temperature", (.05, .1, .2, .3, .5, 1), .3)}
-    return Explorer(controls, conflict_figure(), read, MOVING)
+    return Explorer(controls, conflict_figure(), _read, MOVING)
 
-# %% ../../nbs/63_widgets.ipynb #b7a8d409
+# %% ../../nbs/63_widgets.ipynb #038a531d
 def count_explorer() -> Explorer:
     "Profile, imbalance and classes; counts, groups and expected keys."
-    def read(**values):
+    def _read(**values):
         lines, head, shapes = count_lines(count_numbers(**values))
         return lines, {"annotations[0].text": head, "shapes": shapes}
     controls = {"kind": pick("profile", KINDS, "exp"), "imbalance": steps("imbalance factor", (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 100), "classes": steps("classes", (1, 2, 5, 10, 20, 50, 100, 365, 1000), 100),
                 "n_max": steps("largest class", (1, 10, 50, 120, 500, 1280, 5000), 500), "views": whole("views", 1, 8, 2), "batch_size": steps("batch size", (1, 8, 32, 64, 128, 256, 512, 1024), 256)}
-    return Explorer(controls, count_figure(), read)
+    return Explorer(controls, count_figure(), _read)
 
-# %% ../../nbs/63_widgets.ipynb #ce386cff
+# %% ../../nbs/63_widgets.ipynb #806e4888
 def views_explorer(
     image=None, # uint8 [C, S, S]; None: a photograph that comes with scikit-learn
 ) -> Explorer:
     "The views of one image under the policies."
     image = sample_image() if image is None else image
     fitting = [k for k, p in POLICIES.items() if len(image) == 3 or not p.colors]
-    def read(policy, views, seed):
+    def _read(policy, views, seed):
         fig = views_figure(image, fitting if policy == "all" else (policy,), views, seed)
         return [{"source": fig.data[0].source}], {k: v for k, v in fig.layout.to_plotly_json().items() if k != "template"}
     controls = {"policy": pick("policy", ("all", *fitting), "all"), "views": whole("views", 1, 8, 6), "seed": whole("seed", 0, 99, 0)}
-    explorer, button = Explorer(controls, views_figure(image, fitting), read), ipywidgets.Button(description="Draw again")
+    explorer, button = Explorer(controls, views_figure(image, fitting), _read), ipywidgets.Button(description="Draw again")
     button.on_click(lambda _: setattr(controls["seed"], "value", (controls["seed"].value + 1) % 100))
     explorer.children = (button, *explorer.children)
     return explorer
 
-# %% ../../nbs/63_widgets.ipynb #62db8512
+# %% ../../nbs/63_widgets.ipynb #5372e23a
 def run_explorer(
     runs, # a run folder or `Run`, or several
 ) -> Explorer:
     "Curves, accuracy by class size and forces over training, of one run or several."
     runs = open_runs(runs)
-    def read(epoch):
+    def _read(epoch):
         numbers, (bars, heads) = [run_numbers(run) for run in runs.values()], run_lines(runs, epoch)
         tops = [line for n in numbers for line in ({"x": n["epochs"], "y": n["top1"]}, {"x": n["counts"], "y": n["per_class"]})]
         return tops + bars, {f"annotations[{k}].text": h for k, h in enumerate(heads)}
     last = lambda: max((h["epoch"] for run in runs.values() for h in run.history), default=1)
     slider, button = whole("epoch", 1, last(), last()), ipywidgets.Button(description="Read again")
-    explorer = Explorer({"epoch": slider}, run_figure(list(runs.values()), last()), read)
-    def again(_): slider.max = last(); explorer.redraw()
-    button.on_click(again)
+    explorer = Explorer({"epoch": slider}, run_figure(list(runs.values()), last()), _read)
+    def _again(_): slider.max = last(); explorer.redraw()
+    button.on_click(_again)
     explorer.children = (button, *explorer.children)
     return explorer
