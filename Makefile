@@ -6,7 +6,7 @@ SITE   := $(if $(shell command -v quarto),,$(CURDIR)/.ci/bin:)# a stand-in where
 NBS     = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench clean-check sync-check lab docs readme outputs clean
+.PHONY: help demo test test-browser bench clean-check sync-check lab docs readme outputs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,10 @@ test: $(NEEDS) clean-check sync-check ## notebooks clean, modules in sync, every
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
+test-browser: $(NEEDS) ## the tutorial in JupyterLab and Voilà, in a real browser; needs chromium (screenshots: runs/browser)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[browser]'
+	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
+
 # Both checks work on a copy, so that a check changes nothing and needs no commit.
 COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
 SKIP = -x __pycache__ -x .ipynb_checkpoints -x runs
@@ -34,11 +38,12 @@ clean-check: $(NEEDS)
 sync-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_export && diff -r $(SKIP) $(CURDIR)/acl_nb acl_nb || { echo 'acl_nb/ differs from what the notebooks export: edit nbs/, then run nbdev_export'; exit 1; }
 
-bench: $(NEEDS) ## speed and memory of the losses, the views and a whole step, against limits and peers
+bench: $(NEEDS) ## speed and memory of the losses, the views, a whole step and the explorers, against limits and peers
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps pytorch-metric-learning kornia kornia_rs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_views.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_step.py
+	OMP_NUM_THREADS=2 $(BIN)/python tests/bench_widgets.py
 
 lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
@@ -52,7 +57,7 @@ readme: $(NEEDS) ## README.md from nbs/index.ipynb
 
 outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
 	$(BIN)/nbdev_export
-	for nb in $(NBS); do OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done
+	for nb in $(NBS); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done
 	$(BIN)/nbdev_clean
 
 clean: ## remove what can be made again (not .venv, runs or data)

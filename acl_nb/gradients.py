@@ -37,25 +37,31 @@ def _result(c, prob, per_anchor):
     coef = torch.where(some, per_anchor, 0) / some.sum().clamp_min(1)
     return PairGradients(coef, c.positive, c.negative, c.key_labels, prob)
 
-# %% ../nbs/11_gradients.ipynb #ade335fc
+# %% ../nbs/11_gradients.ipynb #ea71197d
 def _targets(c):
     "[N, K] 1/|P(i)| at the positives."
     return c.positive.to(c.sim) / c.positive.sum(1, keepdim=True).clamp_min(1)
 
+def _formed(z, labels, temperature, centers=None):
+    "The pairs of a batch; of pairs formed before, at temperature 1, only the similarities change."
+    if not isinstance(z, Contrast): return contrast(z, labels, temperature, centers)
+    require(temperature > 0, "`temperature` must be positive", temperature)
+    return z._replace(sim=z.sim / temperature)
+
 def _scl_pairs(z, labels, centers, temperature=0.1):
-    c = contrast(z, labels, temperature, centers)
+    c = _formed(z, labels, temperature, centers)
     prob = _shares(c, 0)
     return _result(c, prob, prob - _targets(c))
 
-# %% ../nbs/11_gradients.ipynb #fb675868
+# %% ../nbs/11_gradients.ipynb #08a9cca6
 def _bcl_pairs(z, labels, centers, temperature=0.1):
-    require(centers is not None, '"bcl" needs `centers`')
-    c = contrast(z, labels, temperature, centers)
+    require(centers is not None or isinstance(z, Contrast) and z.sim.shape[1] > len(z.sim), '"bcl" needs `centers`')
+    c = _formed(z, labels, temperature, centers)
     b = key_counts(c.key_labels).to(c.sim)[c.key_labels] - (c.labels[:, None] == c.key_labels).to(c.sim)
     prob = _shares(c, -b.log())
     return _result(c, prob, prob - _targets(c))
 
-# %% ../nbs/11_gradients.ipynb #004bb5eb
+# %% ../nbs/11_gradients.ipynb #5f6ac070
 def _aligned(c, log_w):
     "Coefficients of one own denominator for each positive."
     s, n_pos = c.sim + log_w, c.positive.sum(1, keepdim=True).clamp_min(1)
@@ -66,7 +72,7 @@ def _aligned(c, log_w):
     return _result(c, prob, share - rest / n_pos)
 
 def _acl_pairs(z, labels, centers, temperature=0.1, aligned=True, negatives="batch", class_counts=None):
-    c = contrast(z, labels, temperature, centers)
+    c = _formed(z, labels, temperature, centers)
     check_negatives(negatives, class_counts, int(c.key_labels.max()) + 1)
     log_w = negative_weights(c, negatives, class_counts)
     if aligned: return _aligned(c, log_w)
@@ -88,29 +94,30 @@ def _join(c, sim, key_labels):
     return Contrast(torch.cat([c.sim, sim.to(c.sim)], 1), torch.cat([c.positive, same], 1), torch.cat([c.negative, ~same], 1),
                     c.labels, torch.cat([c.key_labels, key_labels]))
 
-# %% ../nbs/11_gradients.ipynb #3a6799b6
+# %% ../nbs/11_gradients.ipynb #c3a3f05c
 def _paco_pairs(z, labels, centers=None, logits=None, class_counts=None, keys=None, key_labels=None, alpha=0.05, beta=1.0, gamma=1.0, temperature=0.2):
-    c = contrast(z, labels, temperature)
+    c = _formed(z, labels, temperature)
     _check_paco(c, centers, logits, class_counts, alpha, beta, gamma)
     if keys is not None and len(keys) > 0:
+        require(torch.is_tensor(z), "`keys` need the embeddings, not pairs formed before")
         _check_unit("keys", keys)
         require(key_labels is not None and keys.shape == (len(key_labels), z.shape[-1]), f"`keys` must be [Q, {z.shape[-1]}] with Q `key_labels`", list(keys.shape))
         c = _join(c, z.flatten(0, 1).to(c.sim) @ keys.to(c.sim).T / temperature, key_labels)
     n_sim = c.sim.shape[1]
-    c = _join(c, logits.flatten(0, -2).to(c.sim) + log_prior(class_counts, torch.float64).to(c.sim), torch.arange(len(class_counts), device=z.device))
-    is_sim = (torch.arange(c.sim.shape[1], device=z.device) < n_sim).to(c.sim)
+    c = _join(c, logits.flatten(0, -2).to(c.sim) + log_prior(class_counts, torch.float64).to(c.sim), torch.arange(len(class_counts), device=c.sim.device))
+    is_sim = (torch.arange(c.sim.shape[1], device=c.sim.device) < n_sim).to(c.sim)
     prob = _shares(c, log(gamma) * is_sim)
     pull = torch.where(c.positive, alpha * is_sim + beta * (1 - is_sim), 0)
     return _result(c, prob, prob - pull / pull.sum(1, keepdim=True))
 
-# %% ../nbs/11_gradients.ipynb #37dc24e1
+# %% ../nbs/11_gradients.ipynb #9116ee14
 _CLOSED_FORMS = {"scl": _scl_pairs, "bcl": _bcl_pairs, "acl": _acl_pairs, "paco": _paco_pairs}
 
 @torch.no_grad()
 def pair_gradients(
     loss:str,                   # "scl" | "bcl" | "acl" | "paco"
-    z:torch.Tensor,             # [B, V, D] unit length
-    labels:torch.Tensor,        # [B] in 0..C-1
+    z,                          # [B, V, D] unit length; or the `Contrast` of a batch at temperature 1, which holds labels and centres
+    labels:torch.Tensor=None,   # [B] in 0..C-1
     centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys; not for "paco"
     **kw,                       # temperature; "acl": aligned, negatives, class_counts; "paco": logits, class_counts, keys, key_labels, alpha, beta, gamma
 ) -> PairGradients:             # "paco": the columns are anchors, `keys`, then the C logits, class c's as a key of class c
@@ -119,7 +126,8 @@ def pair_gradients(
     known = list(signature(form).parameters)[3:]
     unknown = [k for k in kw if k not in known]
     require(not unknown, f'"{loss}" takes {", ".join(known)}', ", ".join(unknown))
-    with torch.autocast(z.device.type, enabled=False): return form(z, labels, centers, **kw)
+    device = (z.sim if isinstance(z, Contrast) else z).device
+    with torch.autocast(device.type, enabled=False): return form(z, labels, centers, **kw)
 
 # %% ../nbs/11_gradients.ipynb #d840e53a
 @torch.no_grad()

@@ -42,4 +42,5 @@ def test_every_notebook_is_executed():
     for path in ROOT.glob("nbs/**/*.ipynb"):
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         assert any(c["outputs"] for c in cells), f"{path.name} has no outputs: run `make outputs`"
+        assert "widget-view" not in json.dumps([c["outputs"] for c in cells]) and "widgets" not in json.loads(path.read_text())["metadata"], f"{path.name} stores a widget: run `make outputs`"
         assert "Warning" not in json.dumps([c["outputs"] for c in cells]), f"{path.name} stores a warning"
