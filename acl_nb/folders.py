@@ -29,7 +29,7 @@ def fingerprint(
     "What its checkpoints are marked with."
     return hashlib.sha256(json.dumps({k: v for k, v in asdict(recipe).items() if k != "data"}, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/40_folders.ipynb #ea6a7e80
+# %% ../nbs/40_folders.ipynb #03bc8076
 def open_folder(
     recipe:Recipe,      # of the run
     out,                # folder for it
@@ -46,7 +46,7 @@ def open_folder(
     require((out/"recipe.json").is_file(), f"{out} must be empty or hold a run; it holds other files")
     wrong = _differences(recipe, Run(out).recipe)
     require(not wrong, f"{out} holds another recipe's run ({'; '.join(wrong[:3])}); choose another --out, or delete it")
-    return resume != "never"
+    return going_on and resume != "never"
 
 # %% ../nbs/40_folders.ipynb #c2f1ae72
 _RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors", "checkpoint", "history.jsonl", "tensorboard")    # deleted in this order

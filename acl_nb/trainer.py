@@ -175,7 +175,7 @@ def run(self:Training): # to the end, from wherever it is
     self.tell("finish")
     return self
 
-# %% ../nbs/42_trainer.ipynb #d0198c87
+# %% ../nbs/42_trainer.ipynb #f6b54835
 def _hooks(parts, more, quiet, saver):
     "In the order of their turn: the checkpoint holds what the others have made of the step."
     ema = [Ema(parts.bare, parts.recipe.ema)] if parts.recipe.ema is not None else []
@@ -184,7 +184,7 @@ def _hooks(parts, more, quiet, saver):
 def _prepare(recipe, out, going_on, accelerator, workers):
     "(parts, state to go on from): a run keeps the precision it began with."
     state, setup = load_checkpoint(out/"checkpoint", fingerprint(recipe)) if going_on else None, find_setup(recipe, accelerator.device)
-    require(state or not (going_on and (out/"summary.json").exists()), f"{out} must hold a checkpoint to go on from; `--resume never` starts over, and deletes what is there")
+    require(state or not going_on, f"{out} must hold a checkpoint to go on from; `--resume never` starts over, and deletes what is there")
     if state and rank() == 0 and state["setup"] != setup:
         warnings.warn(f"the run was saved with {state['setup']} and goes on with {setup}, in the precision it had: its last digits will not be those of a run that was never interrupted")
     parts = Parts(recipe, accelerator, {**setup, "precision": state["setup"]["precision"]} if state else setup, workers)

@@ -6,7 +6,7 @@
 __all__ = ['CROP_DRAWS', 'random_shift', 'random_flip', 'random_erase', 'crop_boxes', 'crop_batch', 'crop_image', 'middle',
            'random_blur']
 
-# %% ../../nbs/05_views.crops.ipynb #98db08e0
+# %% ../../nbs/05_views.crops.ipynb #0334c407
 import math
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
-from .ops import in_blocks, replaced
+from .ops import in_blocks, on_some
 
 # %% ../../nbs/05_views.crops.ipynb #3dc7de2c
 def random_shift(
@@ -30,20 +30,14 @@ def random_shift(
     windows = F.pad(images, (pad,)*4).unfold(2, H, 1).unfold(3, W, 1)     # [B, C, 2·pad+1, 2·pad+1, H, W]
     return windows[torch.arange(B, device=images.device), :, row, column]
 
-# %% ../../nbs/05_views.crops.ipynb #9b5a7802
+# %% ../../nbs/05_views.crops.ipynb #2af47015
 def random_flip(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
     p:float=0.5,          # probability of the mirror image
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Mirror each image left to right with probability `p`."
-    return _some(lambda x: x.flip(-1), images, draw(1)[:, 0] < p)
-
-# %% ../../nbs/05_views.crops.ipynb #c4eb4ed8
-def _some(operation, images, chosen, *others):
-    "Do it to the chosen images alone."
-    ids = chosen.nonzero()[:, 0]
-    return replaced(images, ids, in_blocks(operation, *(t.index_select(0, ids) for t in (images, *others)))) if len(ids) else images
+    return on_some(lambda x: x.flip(-1), images, draw(1)[:, 0] < p)
 
 # %% ../../nbs/05_views.crops.ipynb #15bcccd5
 def random_erase(
@@ -160,7 +154,7 @@ def _gaussian(sigma, n, radius):
     w = sigma.new_zeros(len(sigma), n, n)
     return w.scatter_add_(1, source.expand(len(sigma), -1, -1), kernel[:, :, None].expand(-1, -1, n)).float()
 
-# %% ../../nbs/05_views.crops.ipynb #e1cf7c8a
+# %% ../../nbs/05_views.crops.ipynb #4294cb3c
 def random_blur(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
@@ -172,4 +166,4 @@ def random_blur(
     u, radius = draw(2).double(), math.ceil(4 * sigma[1])
     widths = sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]
     blur = lambda x, s: _resample(x, _gaussian(s, x.shape[3], radius), _gaussian(s, x.shape[2], radius))
-    return _some(blur, images, u[:, 0] < p, widths)
+    return on_some(blur, images, u[:, 0] < p, widths)

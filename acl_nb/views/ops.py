@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPERATIONS', 'CODES', 'brightness', 'grey', 'color', 'contrast', 'sharpness', 'invert', 'posterize', 'solarize',
-           'autocontrast', 'equalize', 'geometric', 'hue', 'in_blocks', 'replaced', 'apply_operations',
+           'autocontrast', 'equalize', 'geometric', 'hue', 'in_blocks', 'replaced', 'on_some', 'apply_operations',
            'compile_operations']
 
 # %% ../../nbs/04_views.ops.ipynb #050ffc32
@@ -212,6 +212,17 @@ def replaced(
     source = torch.arange(len(images), device=images.device)
     source[ids] = torch.arange(len(images), len(images) + len(new), device=images.device)
     return torch.cat([images, new]).index_select(0, source)
+
+# %% ../../nbs/04_views.ops.ipynb #befc2ca2
+def on_some(
+    operation,            # function (images, …) -> images
+    images:torch.Tensor,  # [n, C, H, W]
+    chosen:torch.Tensor,  # bool [n]
+    *others,              # more arguments [n, …]
+) -> torch.Tensor:        # [n, C, H, W]
+    "Run an operation on the chosen images; the others stay."
+    ids = chosen.nonzero()[:, 0]
+    return replaced(images, ids, in_blocks(operation, *(t.index_select(0, ids) for t in (images, *others)))) if len(ids) else images
 
 # %% ../../nbs/04_views.ops.ipynb #a112b788
 def apply_operations(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGNED', 'POLICIES', 'color_jitter', 'random_grey', 'auto_augment', 'rand_augment', 'Policy']
 
-# %% ../../nbs/06_views.policies.ipynb #a28e6841
+# %% ../../nbs/06_views.policies.ipynb #89658624
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -15,7 +15,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment
 
 from ..checks import require
 from .crops import random_blur, random_erase, random_flip, random_shift
-from .ops import CODES, apply_operations, grey, replaced
+from .ops import CODES, apply_operations, grey, on_some
 
 # %% ../../nbs/06_views.policies.ipynb #970d5cbf
 def color_jitter(
@@ -40,15 +40,14 @@ def _jitter(draw, largest, p):
     codes = torch.where(chosen & (largest > 0), codes, -1)                          # a magnitude of 0 is no operation
     return (t.expand(len(order), 4).gather(1, order) for t in (codes, change))
 
-# %% ../../nbs/06_views.policies.ipynb #14108ab0
+# %% ../../nbs/06_views.policies.ipynb #de0920d2
 def random_grey(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     draw,                 # a `Draws`
     p:float=0.2,          # probability of losing all colour
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Take the colours away from some images, with probability `p`."
-    ids = (draw(1)[:, 0] < p).nonzero()[:, 0]
-    return replaced(images, ids, grey(images.index_select(0, ids)).expand(-1, images.shape[1], -1, -1))
+    return on_some(lambda x: grey(x).expand(-1, x.shape[1], -1, -1), images, draw(1)[:, 0] < p)
 
 # %% ../../nbs/06_views.policies.ipynb #10aa19f2
 SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}

@@ -175,23 +175,25 @@ def __call__(self:BalanceReader,
     layout = {f"annotations[{k}].text": headline(*s) for k, s in enumerate(named)} | {"shapes": _shades(batch, sort), "xaxis3.title.text": title, "xaxis4.title.text": title}
     return balance_lines(batch, named, sort, bars), layout
 
-# %% ../../nbs/63_widgets.ipynb #bc49f97e
+# %% ../../nbs/63_widgets.ipynb #bf9bfa1b
+def _greyed(made, by, keys, meaning):
+    "`made`, of which some controls are disabled while the value of another gives them no meaning."
+    def _set(_=None):
+        for key in keys: made[key].disabled = not meaning(made[by].value)
+    made[by].observe(_set, "value"); _set()
+    return made
+
 def _side_controls(side, loss):
     made = {"loss": pick(f"{side} loss", SIDES, loss), "negatives": pick(f"{side} negatives", NEGATIVES, "batch"),
             "aligned": ipywidgets.Checkbox(True, description=f"{side}: aligned", **_WIDE), "centers": ipywidgets.Checkbox(True, description=f"{side}: centres", **_WIDE)}
-    def grey(_=None):
-        for key in ("aligned", "centers", "negatives"): made[key].disabled = made["loss"].value != "ACL"
-    made["loss"].observe(grey, "value"); grey()
-    return {f"{side}_{key}": c for key, c in made.items()}
+    return {f"{side}_{key}": c for key, c in _greyed(made, "loss", ("aligned", "centers", "negatives"), lambda loss: loss == "ACL").items()}
 
+# %% ../../nbs/63_widgets.ipynb #37e0561c
 def _batch_controls(geometries):
     made = {"views": whole("views", 1, 8, 2), "batch_size": steps("batch size", (1, 2, 4, 8, 16, 32, 64, 128, 256), 64), "temperature": steps("temperature", (.02, .03, .05, .07, .1, .15, .2, .3, .5, 1), .1),
             "imbalance": steps("imbalance factor", (1, 2, 5, 10, 20, 50, 100, 200, 500), 100), "classes": steps("classes", (1, 2, 5, 10, 20, 50, 100), 50),
             "geometry": pick("geometry", geometries, "half-trained"), "seed": whole("seed", 0, 20, 0), "sort": pick("classes sorted by", SORTS, "images"), "bars": pick("bars show the", BARS, "sum")}
-    def grey(_=None):
-        for key in ("imbalance", "classes"): made[key].disabled = made["geometry"].value not in GEOMETRY
-    made["geometry"].observe(grey, "value"); grey()
-    return made
+    return _greyed(made, "geometry", ("imbalance", "classes"), lambda geometry: geometry in GEOMETRY)
 
 # %% ../../nbs/63_widgets.ipynb #a6e2399b
 def balance_explorer(
