@@ -87,7 +87,7 @@ def _gather(r, limit=40.):
     if bad := [s.strip() for p, s in zip(group, said) if p.returncode]: return Verdict("fails", f"two processes could not gather: {bad[0][-90:]}")
     return Verdict("ok", f"two processes gathered, with gradients; {time.perf_counter() - began:.0f} s, nearly all of it to start")
 
-# %% ../nbs/53_doctor.ipynb #f4458e38
+# %% ../nbs/53_doctor.ipynb #c0ae3c2a
 def _rate(f, images, seconds=1.):
     "Images a second of `f()`, which does so many at once."
     f()
@@ -95,6 +95,7 @@ def _rate(f, images, seconds=1.):
     while (spent := time.perf_counter() - began) < seconds: f(); n += images
     return n / spent
 
+# %% ../nbs/53_doctor.ipynb #f271b438
 def _decode(r):
     g = torch.Generator().manual_seed(0)
     photo = torch.nn.functional.interpolate(torch.rand(1, 3, 25, 34, generator=g) * 255, (375, 500), mode="bicubic")[0].clamp(0, 255).byte()
@@ -104,6 +105,7 @@ def _decode(r):
         rate = _rate(lambda: read_image(path, 224), 1)
     return Verdict("ok" if rate >= 100 else "slow", f"{rate:,.0f} JPEG files of 500 × 375 a second and worker")
 
+# %% ../nbs/53_doctor.ipynb #d6b36b34
 def _views(r, size=32):
     names = (r.policy if r is not None else "cifar_regular+cifar_sim").split("+")
     pipeline = ViewPipeline(names, size, [.5] * 3, [.25] * 3)

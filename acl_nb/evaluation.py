@@ -124,7 +124,7 @@ def write_evaluation(
     write_page(path, f"{run.recipe['name']} with {run.recipe['loss']}, {split}", f"{len(made['labels']):,} images, {len(names)} classes.", result["scores"], figures,
                {"Feature space": result["space"], "Accuracy of every class": per_class, "Recipe": run.recipe})
 
-# %% ../nbs/52_evaluation.ipynb #812950e7
+# %% ../nbs/52_evaluation.ipynb #7ab15d7c
 def _agreement(scores, summary):
     "One line on how the numbers compare with a summary's; empty without one."
     if summary is None: return ""
@@ -132,6 +132,7 @@ def _agreement(scores, summary):
     if not apart: return "summary.json: the same numbers, exactly"
     return "summary.json: " + ", ".join(f"{k} {d:.2g} off" for k, d in apart.items())
 
+# %% ../nbs/52_evaluation.ipynb #5c381a71
 def _lines(result, run, parts, split):
     s, f = result["scores"], result["space"]
     groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))

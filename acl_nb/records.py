@@ -118,7 +118,7 @@ def __repr__(self:Run):
     s = self.summary
     return f"Run({self.path.name}: " + (f"top-1 {s['top1']:.1%}, {s['epochs']} epochs)" if s else "not finished)")
 
-# %% ../nbs/32_records.ipynb #87c20ed3
+# %% ../nbs/32_records.ipynb #dfe71fc5
 @patch
 def _outcome(self:Run, counts, names):
     "Figures of the last epoch's test."
@@ -128,6 +128,7 @@ def _outcome(self:Run, counts, names):
     if p: figs["reliability"] = plot_reliability(reliability(p["confidence"], p["predicted"] == p["labels"]), "How sure, and how right")
     return figs
 
+# %% ../nbs/32_records.ipynb #101fd061
 @patch
 def _balance(self:Run, counts, names):
     "Figures of a run that was probed."

@@ -94,7 +94,7 @@ def conflict_lines(
     heads = [f"{name}<br><span style='font-size:18px'>{pushed[loss]} of {n_pos}</span><span style='font-size:12px'> positives pushed away</span>" for loss, name in (("scl", "SCL"), ("acl", "ACL"))]
     return [*_circle_lines(n, "scl"), *_circle_lines(n, "acl"), bars[0], bars[1], target], heads
 
-# %% ../../nbs/61_widgets.conflict.ipynb #9fce1793
+# %% ../../nbs/61_widgets.conflict.ipynb #5b1943ba
 def _circle(fig, lines, column):
     ring = [math.radians(a) for a in range(0, 361, 4)]
     fig.add_trace(go.Scatter(x=[math.cos(a) for a in ring], y=[math.sin(a) for a in ring], mode="lines", line=dict(color="#C8CED3", width=1), hoverinfo="skip", showlegend=False), 1, column)
@@ -103,6 +103,7 @@ def _circle(fig, lines, column):
         fig.add_trace(go.Scatter(**points, mode="markers", marker=dict(color=colour, size=11, symbol=symbol), name=name, showlegend=column == 1, hovertemplate="%{customdata}<extra></extra>"), 1, column)
         fig.add_trace(go.Scatter(**arrows, mode="lines", line=dict(color=colour, width=2.5), hoverinfo="skip", showlegend=False), 1, column)
 
+# %% ../../nbs/61_widgets.conflict.ipynb #61a739d1
 def _conflict_panels(numbers):
     lines, heads = conflict_lines(numbers)
     fig = make_subplots(2, 2, row_heights=[.68, .32], vertical_spacing=.07, horizontal_spacing=.12, subplot_titles=heads)
@@ -112,6 +113,7 @@ def _conflict_panels(numbers):
     fig.add_trace(go.Scatter(**lines[14], mode="lines", line=dict(color="black", dash="dash", width=1.5), name="q = 1/|P|", hovertemplate="1/|P| = %{y:.3f}<extra></extra>"), 2, 1)
     return _framed(fig)
 
+# %% ../../nbs/61_widgets.conflict.ipynb #8fda9053
 MOVING = [*range(2, 8), *range(10, 16), 16, 17, 18]                # the places of the moving lines among the traces
 
 def _framed(fig):
