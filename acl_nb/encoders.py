@@ -48,18 +48,19 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
-# %% ../nbs/20_encoders.ipynb #fec3004e
+# %% ../nbs/20_encoders.ipynb #fd3b8d93
 class CifarResNet(nn.Module):
     "Residual network for small images (He et al. 2016, section 4.2; option A shortcuts), without its classifier."
     def __init__(self,
         depth:int=32,        # 6n + 2: 8, 14, 20, 32, 44, 56, …
         in_channels:int=3,   # 1 for grey images
         width:int=16,        # channels of the first stage
+        stride:int=1,        # of the first convolution; 2 halves the resolution and quarters the cost
     ):
         super().__init__()
         require(depth >= 8 and depth % 6 == 2, "`depth` must be 6n + 2, as 8, 20 or 32", depth)
         widths, blocks = [width, width, 2*width, 4*width], (depth - 2) // 6
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.stages = nn.Sequential(*[BasicBlock(widths[s] if b == 0 else widths[s+1], widths[s+1], 2 if b == 0 and s > 0 else 1)
                                       for s in range(3) for b in range(blocks)])
         self.out_dim = widths[-1]
@@ -89,11 +90,12 @@ def _from_timm(name, in_channels, **settings):
     net.out_dim = getattr(net, "head_hidden_size", None) or net.num_features
     return net
 
-# %% ../nbs/20_encoders.ipynb #e71caf26
+# %% ../nbs/20_encoders.ipynb #5013e566
 ENCODERS = {
     "resnet32": lambda in_channels: CifarResNet(32, in_channels),
     "resnet20": lambda in_channels: CifarResNet(20, in_channels),
     "resnet8":  lambda in_channels: CifarResNet(8, in_channels, width=32),   # for 8×8 and 28×28 images
+    "resnet8_tiny": lambda in_channels: CifarResNet(8, in_channels, stride=2),   # for studies of many runs: an eleventh of resnet8's work
     **{name: partial(_torchvision, name) for name in _TORCHVISION},
 }
 

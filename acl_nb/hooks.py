@@ -51,14 +51,14 @@ def after_step(self:Progress, run): # the `Training`; the bar moves
         self.bar.set_postfix(loss=f"{run.values[0]:.3f}", accuracy=self.accuracy, run=left, refresh=False)
     self.bar.update()
 
-# %% ../nbs/41_hooks.ipynb #57208f15
+# %% ../nbs/41_hooks.ipynb #821a1113
 @patch
 def after_epoch(self:Progress, run): # the `Training`; a line of the table
     if self.bar is not None: self.bar.close()
     row, epochs, self.bar = run.history[-1], run.parts.recipe.epochs, None
-    self.accuracy = percent(row["top1"])
+    self.accuracy = percent(row["top1"]) if "top1" in row else self.accuracy
     if row["epoch"] % math.ceil(epochs / 20) and row["epoch"] < epochs: return
-    groups = "".join(f"{percent(row[k]):>9}" for k in ("top1", "many", "medium", "few"))
+    groups = "".join(f"{percent(row.get(k)):>9}" for k in ("top1", "many", "medium", "few"))
     self.say(f"{row['epoch']:>5}/{epochs:<3}{row['loss']:>9.3f}{groups}")
 
 # %% ../nbs/41_hooks.ipynb #702dff3c
@@ -164,11 +164,11 @@ def after_epoch(self:Saver, run): # the `Training`
     if rank() == 0: _write_history(self.out, run.history)
     if (code := self._vote()) > 1: raise Stopped(code)
 
-# %% ../nbs/41_hooks.ipynb #5e631bbd
+# %% ../nbs/41_hooks.ipynb #cac31238
 def _summary(recipe, history, scores):
-    top1 = [row["top1"] for row in history]
-    last5 = top1[-5:]
-    return {**scores, "best_top1": max(top1), "best_epoch": 1 + top1.index(max(top1)), "last5_top1": sum(last5) / len(last5), "epochs": len(history),
+    tested = [row for row in history if "top1" in row]
+    best, last5 = max(tested, key=lambda row: row["top1"]), [row["top1"] for row in tested[-5:]]
+    return {**scores, "best_top1": best["top1"], "best_epoch": best["epoch"], "last5_top1": sum(last5) / len(last5), "epochs": len(history),
             "seconds": round(sum(row["seconds"] for row in history), 2), "seed": recipe.seed, "loss": recipe.loss, "views": recipe.views, "recipe": recipe.name}
 
 # %% ../nbs/41_hooks.ipynb #19c074cb

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'lr_factor', 'Experiment', 'Recipe']
 
-# %% ../nbs/39_settings.ipynb #e27015ea
+# %% ../nbs/39_settings.ipynb #4786e2fa
 import math
 import os
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ from .counts import KINDS
 from .datasets import DATASETS
 from .encoders import find_encoder
 from .losses import LOSSES
-from .networks import CENTERS, CLASSIFIERS
+from .networks import CENTERS, CLASSIFIERS, READOUTS
 from .pairs import NEGATIVES
 from .views import POLICIES
 
@@ -36,7 +36,7 @@ def lr_factor(
     first = math.ceil(warmup * total)
     return (step + 1) / (first + 1) if step < first else choose(schedule, SCHEDULES, "schedule")(step / total)
 
-# %% ../nbs/39_settings.ipynb #5982820f
+# %% ../nbs/39_settings.ipynb #b4ac6982
 @dataclass(frozen=True)
 class Experiment:
     "What a run learns, from which images and how."
@@ -51,6 +51,7 @@ class Experiment:
     kind: str = "exp"               # exp | step | balanced
     subset_seed: int = 0            # of the draw of the long-tailed subset; the literature uses 0
     n_max: float | None = None      # images of the largest class; None: the data set's own
+    class_seed: int | None = None   # of a random order of the classes, head to tail; None: the data set's own
     policy: str = "plain"           # of the views: keys of `POLICIES` joined by +; the last serves all further views
     views: int = 2                  # V
     encoder: str = "resnet8"        # a key of `ENCODERS`, or timm/NAME
@@ -61,6 +62,7 @@ class Experiment:
     classifier: str = "linear"      # linear | cosine
     scale: float = 30.0             # of the cosine classifier
     centers: str = "weights"        # weights | free | none
+    readout: str = "classifier"     # what predicts: classifier | centers, the nearest one; the classifier is then not trained
     loss: str = "acl"               # a key of `LOSSES`
     weight: float = 1.0             # λ, of the contrastive term
     temperature: float = 0.1        # τ
@@ -77,6 +79,7 @@ class Experiment:
     schedule: str = "cosine"        # cosine | steps (a tenth at 80 %, again at 90 % of the run) | constant
     warmup: float = 0.05            # share of the run with a rising learning rate
     seed: int = 0                   # of initial weights, batches and views
+    test_every: int = 1             # epochs from one test to the next; the last five are all tested
 
 # %% ../nbs/39_settings.ipynb #04072b9f
 @dataclass(frozen=True)
@@ -97,16 +100,17 @@ class Recipe(Experiment):
         for f in fields(self): object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         _check_together(self)
 
-# %% ../nbs/39_settings.ipynb #6d9aa566
+# %% ../nbs/39_settings.ipynb #6e809897
 _RULES = {"imbalance": (lambda v: v == "as_is" or v >= 1, "at least 1 (largest count / smallest count)"), "n_max": (lambda v: v >= 1, "at least 1"),
           "weight": (lambda v: v >= 0, "at least 0"), "weight_decay": (lambda v: v >= 0, "at least 0"),
           "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"), "subset_seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"),
+          "class_seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32"),
           "batch_size": (lambda v: v >= 2, "at least 2"), "tau": (lambda v: v >= 0, "at least 0"), "alpha": (lambda v: v >= 0, "at least 0"),
           "queue": (lambda v: v >= 0, "at least 0")}
 _RULES |= {k: (lambda v: v > 0, "positive") for k in ("temperature", "lr", "scale", "clip")}
-_RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "dim", "hidden", "accumulate", "classes", "size")}
+_RULES |= {k: (lambda v: v >= 1, "at least 1") for k in ("views", "epochs", "test_every", "dim", "hidden", "accumulate", "classes", "size")}
 _RULES |= {k: (lambda v: 0 <= v < 1, "at least 0 and below 1") for k in ("warmup", "momentum", "ema", "key_momentum", "drw")}
-_TABLES = {"dataset": DATASETS, "loss": LOSSES, "classifier": CLASSIFIERS, "centers": CENTERS,
+_TABLES = {"dataset": DATASETS, "loss": LOSSES, "classifier": CLASSIFIERS, "centers": CENTERS, "readout": dict.fromkeys(READOUTS),
            "negatives": dict.fromkeys(NEGATIVES), "kind": dict.fromkeys(KINDS), "schedule": SCHEDULES, "on_error": dict.fromkeys(("raise", "skip")), "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16"))}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -135,20 +139,21 @@ def _checked(name, value, kind):
     if name == "encoder": find_encoder(v)
     return v
 
-# %% ../nbs/39_settings.ipynb #b11a2d53
+# %% ../nbs/39_settings.ipynb #32fd2119
 def _check_data_settings(r):
     "Rules between a data set and its settings."
     known = signature(DATASETS[r.dataset]).parameters
-    for k in ("split", "size", "on_error"): require(getattr(r, k) is None or k in known, f"`{k}` must be none: {r.dataset} leaves no choice of it", getattr(r, k))
+    for k in ("split", "size", "on_error", "class_seed"): require(getattr(r, k) is None or k in known, f"`{k}` must be none: {r.dataset} leaves no choice of it", getattr(r, k))
     usual = known["imbalance"].default if "imbalance" in known else "as_is"
     require(r.imbalance != "as_is" or usual == "as_is", f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)", "as_is")
 
-# %% ../nbs/39_settings.ipynb #ac6c4bb4
+# %% ../nbs/39_settings.ipynb #c43480cf
 def _check_together(r):
     "Rules that join two fields."
     _check_data_settings(r)
     require(r.loss != "paco" or r.views >= 2, '`loss="paco"` compares a view with others: `views` must be at least 2', r.views)
     require(r.queue == 0 or r.loss in ("paco", "gpaco"), "`queue` must be 0: of the losses, only paco and gpaco read one", f"{r.queue} with {r.loss}")
     require(r.loss != "bcl" or r.centers != "none", '`loss="bcl"` needs class centres: `centers` must be weights or free', r.centers)
+    require(r.readout == "classifier" or r.loss in ("scl", "bcl", "acl"), '`readout="centers"` needs embeddings that a contrastive loss shaped: `loss` must be scl, bcl or acl', r.loss)
     require(r.drw is None or r.loss == "ldam", "`drw` must be none: of the losses, only ldam re-weighs", f"{r.drw} with {r.loss}")
     require(r.loss != "ldam" or r.classifier == "cosine", '`loss="ldam"` has margins between cosines: `classifier` must be cosine', r.classifier)

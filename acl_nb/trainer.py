@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_loss', 'Training', 'predict', 'fit']
 
-# %% ../nbs/42_trainer.ipynb #c49b5c51
+# %% ../nbs/42_trainer.ipynb #6ef11c74
 import os
 import time
 import warnings
@@ -24,7 +24,7 @@ from .hooks import Diverged, Ema, Interrupts, Progress, Saver, Scalars
 from .metrics import evaluate, predictions
 from .networks import Output
 from .pairs import flatten_views
-from .parts import Parts, find_setup, load_batches, start_processes
+from .parts import Parts, cut_where_decoded, find_setup, load_batches, start_processes
 from .processes import all_gather, all_sum, copy_from_first, rank, world_size
 from .records import Run
 from .settings import Recipe
@@ -118,7 +118,7 @@ def train_step(self:Training, batches): # a list of one batch, or of `accumulate
     for k, v in zip(means, self.values): self.sums[k] = self.sums.get(k, 0) + v * len(batches)
     self.batch += len(batches); self.step += 1
 
-# %% ../nbs/42_trainer.ipynb #04beef0c
+# %% ../nbs/42_trainer.ipynb #3456b212
 @torch.inference_mode()
 def predict(
     network:nn.Module,      # a `Network`
@@ -127,28 +127,45 @@ def predict(
     device="cpu",           # where the network is
     batch_size:int=512,     # images at once
     workers:int=0,          # processes that load images
+    embed:bool=False,       # embeddings [n, D] in place of logits
 ) -> tuple:                 # logits [n, C], labels [n], on the CPU
     "Plain logits for every image of a data set; each process computes a part, all get the whole."
     was_training, n = network.training, len(dataset)
+    f, width = (network.embed, network.settings["dim"]) if embed else (network.predict, network.settings["n_classes"])
     network.eval()
     mine = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)][rank()::world_size()]
-    logits, labels = torch.zeros(n, network.settings["n_classes"], device=device), torch.zeros(n, dtype=torch.long, device=device)
+    logits, labels = torch.zeros(n, width, device=device), torch.zeros(n, dtype=torch.long, device=device)
     for ids, (x, y, _) in zip(mine, load_batches(dataset, mine, workers)):
-        logits[ids.start:ids.stop] = network.predict(pipeline(x.to(device))[:, 0]).float()
+        logits[ids.start:ids.stop] = f(pipeline(x.to(device))[:, 0]).float()
         labels[ids.start:ids.stop] = y.to(device)
     network.train(was_training)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
-# %% ../nbs/42_trainer.ipynb #92383cf1
+# %% ../nbs/42_trainer.ipynb #9d409530
 @patch
-def test(self:Training): # a line of the history; the rest stays in `scores` and `predictions`
+def place_means(self:Training): # of the training images' embeddings, where the network is read out by them
+    p = self.parts
+    if self.tested.means is None: return
+    z, labels = predict(self.tested, cut_where_decoded(p.data.train, p.plain), p.plain, p.device, workers=p.workers, embed=True)
+    self.tested.set_means(z.to(p.device), labels.to(p.device))
+
+# %% ../nbs/42_trainer.ipynb #b5e628e2
+@patch
+def test(self:Training): # accuracies of the network as it is; the rest stays in `scores` and `predictions`
     p = self.parts
     copy_from_first(self.tested.buffers())                  # running statistics are each process's own
+    self.place_means()
     logits, labels = predict(self.tested, p.test, p.plain, p.device, workers=p.workers)
     if not logits.isfinite().all(): raise Diverged("the logits of the test images are no longer numbers")
     self.scores, self.predictions = evaluate(logits, labels, p.data.counts), predictions(logits, labels)
-    return {"epoch": self.epoch + 1, "lr": p.lr(self.epoch * p.steps), **{k: v / self.batch for k, v in self.sums.items()},
-            **{k: self.scores[k] for k in ("top1", "many", "medium", "few")}, "seconds": time.perf_counter() - self.clock}
+    return {k: self.scores[k] for k in ("top1", "many", "medium", "few")}
+
+@patch
+def epoch_row(self:Training): # a line of the history, at the end of an epoch
+    r = self.parts.recipe
+    tested = self.test() if self.epoch >= r.epochs - 5 or (self.epoch + 1) % r.test_every == 0 else {}
+    return {"epoch": self.epoch + 1, "lr": self.parts.lr(self.epoch * self.parts.steps), **{k: v / self.batch for k, v in self.sums.items()},
+            **tested, "seconds": time.perf_counter() - self.clock}
 
 # %% ../nbs/42_trainer.ipynb #479cb32b
 @patch
@@ -160,7 +177,7 @@ def to_come(self:Training): # the batches of each step that is left in this epoc
     batches = iter(p.loader)
     while group := list(islice(batches, p.recipe.accumulate)): yield group
 
-# %% ../nbs/42_trainer.ipynb #4c3e7b4e
+# %% ../nbs/42_trainer.ipynb #cc4b3793
 @patch
 def run(self:Training): # to the end, from wherever it is
     self.tell("begin")
@@ -169,7 +186,7 @@ def run(self:Training): # to the end, from wherever it is
         for batches in self.to_come():
             self.train_step(batches)
             self.tell("after_step")
-        self.history.append(self.test())
+        self.history.append(self.epoch_row())
         self.epoch, self.batch, self.sums, self.seconds, self.clock = self.epoch + 1, 0, {}, 0., time.perf_counter()
         self.tell("after_epoch")
     self.tell("finish")

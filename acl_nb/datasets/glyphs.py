@@ -259,13 +259,15 @@ def _made_from(faces, is_test):
     return {"fonts": {"train": part(~is_test), "test": part(is_test), "sha1": hashlib.sha1("".join(n[2] for n in faces.names).encode()).hexdigest(),
                       "pillow": PIL.__version__, "freetype": features.version("freetype2")}}
 
-# %% ../../nbs/03_datasets.glyphs.ipynb #de518b27
+# %% ../../nbs/03_datasets.glyphs.ipynb #e2d9c0ba
 def glyphs_from(
     faces:Faces,          # the usable ones
     imbalance:float=100,  # IF of the training set
     kind:str="exp",       # exp | step | balanced
     seed:int=0,           # of the draw of the training images
     n_max:float=500,      # images of the largest class
+    class_seed:int=None,  # of a random order of the classes; None: that of `glyph_classes`
+    split:str="test",     # test | val: 100 images a class of the training families that the cut left out
 ) -> LongTailed:
     "Characters of the given faces, made long-tailed; the test set has 100 images a class from other families."
     install = f"install more, on Debian and Ubuntu with `apt-get install {' '.join(DEBIAN_FONTS[:3])} …` (`acl_data glyphs` prints all {len(DEBIAN_FONTS)} packages)"
@@ -279,16 +281,18 @@ def glyphs_from(
     ids = long_tail_indices(test.labels, [100] * 89, 0)
     pixels = train.images.float() / 255
     lt = long_tailed("glyphs_lt", train, ImageArray(test.images[ids], test.labels[ids]), glyph_classes(),
-                     (round(pixels.mean().item(), 3),), (round(pixels.std().item(), 3),), imbalance, kind, seed, n_max)
+                     (round(pixels.mean().item(), 3),), (round(pixels.std().item(), 3),), imbalance, kind, seed, n_max, class_seed, split)
     return replace(lt, notes=_made_from(faces, is_test))
 
-# %% ../../nbs/03_datasets.glyphs.ipynb #5eb99dac
+# %% ../../nbs/03_datasets.glyphs.ipynb #61975ed2
 def glyphs_lt(
     data=None,            # folder of the cache; default: data/glyphs
     imbalance:float=100,  # IF of the training set
     kind:str="exp",       # exp | step | balanced
     seed:int=0,           # of the draw of the training images
     n_max:float=500,      # images of the largest class
+    class_seed:int=None,  # of a random order of the classes; None: that of `glyph_classes`
+    split:str="test",     # test | val: 100 images a class of the training families that the cut left out
 ) -> LongTailed:
     "89 printed characters in the fonts of this machine, uint8 [1, 32, 32], 100 test images a class from unseen font families."
-    return glyphs_from(cached_faces(data or "data/glyphs"), imbalance, kind, seed, 500 if n_max is None else n_max)
+    return glyphs_from(cached_faces(data or "data/glyphs"), imbalance, kind, seed, 500 if n_max is None else n_max, class_seed, split)

@@ -42,20 +42,22 @@ def make_loss(
     known = signature(cls).parameters
     return cls(**{k: v for k, v in settings.items() if k in known})
 
-# %% ../../nbs/17_losses.ipynb #597f1321
+# %% ../../nbs/17_losses.ipynb #bfadc163
 class Objective(nn.Module):
     "Classifier loss + weight · contrastive loss, from a network's output; \"paco\" and \"gpaco\" are one joint term instead."
     def __init__(self,
         name:str,            # a key of `LOSSES`: "ce", "la", "ldam" and "cb" train the classifier alone
         class_counts,        # [C] training images of each class
         weight:float=1.0,    # λ, at least 0; without meaning for the classifier alone, "paco" and "gpaco"
+        branch:bool=True,    # train the classifier beside a contrastive loss? "paco" and "gpaco" have no such branch
         **settings,          # of the losses: temperature, negatives, tau, alpha, …
     ):
         super().__init__()
         require(weight >= 0, "`weight` of the contrastive loss must be at least 0", weight)
         settings["class_counts"] = class_counts
         alone = name in ("ce", "la", "ldam", "cb")
-        self.classifier = None if name in ("paco", "gpaco") else make_loss(name if alone else "la", **settings)
+        require(branch or not alone, f"without its classifier's loss an objective needs a contrastive one", name)
+        self.classifier = None if name in ("paco", "gpaco") or not branch else make_loss(name if alone else "la", **settings)
         self.contrastive = None if alone else make_loss(name, **settings)
         self.weight = weight
 
@@ -73,7 +75,7 @@ def _check_keys(z, keys, key_labels):
     require(keys.shape[1:] == z.shape[2:] and keys.shape[:1] == key_labels.shape, f"`keys` must be [K, {z.shape[-1]}] with K `key_labels`",
             f"{list(keys.shape)} and {list(key_labels.shape)}")
 
-# %% ../../nbs/17_losses.ipynb #011566e5
+# %% ../../nbs/17_losses.ipynb #93c19026
 @patch
 def forward(self:Objective,
     out,                           # with z [B, V, D], logits [B, V, C], centers [C, D] or None; "paco": V = 1, the view that asks
@@ -83,11 +85,11 @@ def forward(self:Objective,
 ) -> tuple:                        # scalar, {"classifier": .., "contrastive": ..} or {"joint": ..}
     "The loss and its parts."
     if keys is not None or key_labels is not None: _check_keys(out.z, keys, key_labels)
-    if self.classifier is None:
+    if isinstance(self.contrastive, PaCoLoss):
         parts = {"joint": _joint(self.contrastive, out, labels, keys, key_labels)}
         return parts["joint"], parts
     require(keys is None, 'only "paco" and "gpaco" take `keys`')
-    parts = {"classifier": self.classifier(out.logits, labels)}
+    parts = {} if self.classifier is None else {"classifier": self.classifier(out.logits, labels)}
     if self.contrastive is None: return parts["classifier"], parts
     parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers)
-    return parts["classifier"] + self.weight * parts["contrastive"], parts
+    return parts.get("classifier", 0) + self.weight * parts["contrastive"], parts

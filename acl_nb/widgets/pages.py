@@ -156,12 +156,12 @@ def run_lines(
         heads.append(f"{name}<br>" + ("not probed" if c is None else f"<span style='font-size:18px'>{c:.0%}</span> pushed apart"))
     return lines, heads
 
-# %% ../../nbs/62_widgets.pages.ipynb #77075366
+# %% ../../nbs/62_widgets.pages.ipynb #36a95946
 def _run_top(fig, runs):
     "Accuracy over the epochs, and of each class."
     for (name, run), colour in zip(runs.items(), RUN_COLOURS):
         n = run_numbers(run)
-        fig.add_trace(go.Scatter(x=n["epochs"], y=n["top1"], name=name, line_color=colour, legendgroup=name, hovertemplate="epoch %{x}: %{y:.1%}<extra>" + name + "</extra>"), 1, 1)
+        fig.add_trace(go.Scatter(x=n["epochs"], y=n["top1"], name=name, connectgaps=True, line_color=colour, legendgroup=name, hovertemplate="epoch %{x}: %{y:.1%}<extra>" + name + "</extra>"), 1, 1)
         fig.add_trace(go.Scatter(x=n["counts"], y=n["per_class"], name=name, mode="markers", marker_color=colour, legendgroup=name, showlegend=False, hovertemplate="%{x} images: %{y:.1%}<extra>" + name + "</extra>"), 2, 1)
     fig.update_yaxes(title="accuracy", tickformat=".0%", row=1, col=1).update_xaxes(title="epoch", row=1, col=1)
     return fig.update_yaxes(title="accuracy of<br>each class", tickformat=".0%", row=2, col=1).update_xaxes(title="training images of the class", type="log", dtick=1, autorange="reversed", row=2, col=1)
