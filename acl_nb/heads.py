@@ -41,7 +41,7 @@ class CosineClassifier(nn.Module):
     def forward(self, x): # [N, in_dim] -> [N, C] logits
         return self.scale * F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
-# %% ../nbs/21_heads.ipynb #9cd435a8
+# %% ../nbs/21_heads.ipynb #37c120f1
 class CentersFromWeights(nn.Module):
     "Class centres from the classifier's weights through a perceptron (Zhu et al. 2022, BCL)."
     def __init__(self,
@@ -50,12 +50,13 @@ class CentersFromWeights(nn.Module):
         dim:int,      # D, of the embeddings
     ):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        spread = nn.BatchNorm1d(hidden, track_running_stats=False)       # over the classes, which are all there every time
+        self.layers = nn.Sequential(nn.Linear(in_dim, hidden, bias=False), spread, nn.ReLU(), nn.Linear(hidden, dim))
 
     def forward(self, weight): # [C, in_dim] -> [C, D] unit length
         return F.normalize(self.layers(weight), dim=-1)
 
-# %% ../nbs/21_heads.ipynb #e8038b61
+# %% ../nbs/21_heads.ipynb #ac0dd227
 class FreeCenters(nn.Module):
     "Class centres as free parameters."
     def __init__(self,
@@ -63,7 +64,7 @@ class FreeCenters(nn.Module):
         dim:int,        # D, of the embeddings
     ):
         super().__init__()
-        self.points = nn.Parameter(torch.randn(n_classes, dim))
+        self.points = nn.Parameter(F.normalize(torch.randn(n_classes, dim), dim=-1))
 
     def forward(self, weight=None): # the classifier's weights, not used -> [C, D] unit length
         return F.normalize(self.points, dim=-1)

@@ -51,7 +51,8 @@ def kill_sometime(group, folder, rng, seconds):
     while saving and group[0].is_alive() and not (folder/"checkpoint"/"saving.part").exists(): pass
     caught = (folder/"checkpoint"/"saving.part").exists()
     alive = group[0].is_alive()
-    for p in group: p.kill()
+    if alive:                                                         # else all are through, or about to be
+        for p in group: p.kill()
     finish(group)
     return alive, caught
 
