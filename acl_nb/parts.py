@@ -203,7 +203,7 @@ _STATEFUL = {"network": "bare", "optimizer": "optimizer", "scaler": "scaler", "c
 @patch
 def _stateful(self:Parts): return {name: part for name, attr in _STATEFUL.items() if (part := getattr(self, attr)) is not None}
 
-# %% ../nbs/41_parts.ipynb #39375f6b
+# %% ../nbs/41_parts.ipynb #8ade2220
 @patch
 def state_dict(self:Parts): # tensors and plain values
     return {name: part.state_dict() for name, part in self._stateful().items()}
@@ -216,5 +216,6 @@ def load_state_dict(self:Parts,
         if state[name]: part.load_state_dict(state[name])       # without fp16 the scaler has none
 
 @patch
-def is_finite(self:Parts): # are all weights and running statistics numbers?
-    return all(t.isfinite().all() for t in self.bare.state_dict().values())
+def is_finite(self:Parts): # are all weights, running statistics and momenta numbers?
+    momenta = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return all(t.isfinite().all() for t in [*self.bare.state_dict().values(), *momenta])

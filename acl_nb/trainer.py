@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_loss', 'Training', 'predict', 'fit']
 
-# %% ../nbs/42_trainer.ipynb #6ef11c74
+# %% ../nbs/42_trainer.ipynb #202e183b
 import os
 import time
 import warnings
@@ -20,7 +20,7 @@ from torch import nn
 from .checkpoints import latest, load_checkpoint, set_random_state
 from .checks import require
 from .folders import begin_folder, check_data, fingerprint, open_folder
-from .hooks import Diverged, Ema, Interrupts, Progress, Saver, Scalars
+from .hooks import Diverged, Ema, Interrupts, Progress, Saver, Scalars, hook_names
 from .metrics import evaluate, predictions
 from .networks import Output
 from .pairs import flatten_views
@@ -40,7 +40,7 @@ def _keys(parts, views, z, labels):
     old = parts.queue.contents() if parts.queue is not None else (new[0][:0], new[1][:0])
     return tuple(torch.cat(pair) for pair in zip(new, old)) if parts.copy is not None else old, new
 
-# %% ../nbs/42_trainer.ipynb #1a3ffd82
+# %% ../nbs/42_trainer.ipynb #cddbc784
 def batch_loss(
     parts:Parts,  # of the run
     batch,        # images uint8 [b, C, H, W], labels [b] and positions [b]: this process's part of the batch
@@ -52,20 +52,21 @@ def batch_loss(
     with parts.half(): out = parts.network(views[:, :1] if parts.copy is not None else views)
     labels = all_gather(labels.to(parts.device))
     whole = Output(all_gather(out.z), all_gather(out.logits), out.centers)
-    if not whole.z.isfinite().all(): raise Diverged("the embeddings are no longer numbers")
+    if not whole.z.isfinite().all(): raise Diverged("the embeddings are no longer numbers", made=False)
     keys, new = _keys(parts, views, whole.z, labels)
     loss, terms = parts.objective_at(epoch)(whole, labels, *keys)
-    if not loss.isfinite(): raise Diverged(f"the loss is {loss.item()}")
+    if not loss.isfinite(): raise Diverged(f"the loss is {loss.item()}", made=False)
     return loss, terms, new
 
-# %% ../nbs/42_trainer.ipynb #6fdca3be
+# %% ../nbs/42_trainer.ipynb #a90cb5b8
 class Training:
     "A run under way."
     def __init__(self,
         parts:Parts, # of the recipe
         hooks=(),    # objects with methods named like events, see `acl_nb.hooks`
     ):
-        self.parts, self.hooks, self.tested = parts, list(hooks), parts.bare
+        hook_names(hooks := list(hooks))                        # refuses what is none
+        self.parts, self.hooks, self.tested = parts, hooks, parts.bare
         self.epoch = self.batch = self.step = 0
         self.sums, self.values, self.history, self.seconds = {}, [], [], 0.
         self.scores = self.predictions = None                   # of the last test
@@ -73,7 +74,7 @@ class Training:
     def tell(self, event): # "begin", "after_step", …
         for hook in self.hooks: getattr(hook, event, lambda run: None)(self)
 
-# %% ../nbs/42_trainer.ipynb #c4038536
+# %% ../nbs/42_trainer.ipynb #f6cb459b
 @patch
 def state_dict(self:Training):
     own = {k: getattr(self, k) for k in ("step", "sums", "history", "scores", "predictions")}
@@ -86,8 +87,8 @@ def load_state_dict(self:Training,
 ):
     for k in ("epoch", "batch", "step", "sums", "history", "scores", "predictions", "seconds"): setattr(self, k, state[k])
     self.parts.load_state_dict(state["parts"])
-    for hook in self.hooks:
-        if (name := type(hook).__name__) in state["hooks"]: hook.load_state_dict(state["hooks"][name])
+    for name, hook in zip(hook_names(self.hooks), self.hooks):
+        if name in state["hooks"]: hook.load_state_dict(state["hooks"][name])
     if rank() < len(state["random"]): set_random_state(state["random"][rank()])
 
 # %% ../nbs/42_trainer.ipynb #6631261b
@@ -210,10 +211,10 @@ def _prepare(recipe, out, going_on, accelerator, workers):
     if not state and rank() == 0: begin_folder(recipe, out, parts.data, parts.setup)
     return parts, state
 
-# %% ../nbs/42_trainer.ipynb #1379b6fb
+# %% ../nbs/42_trainer.ipynb #f8d6bdb8
 def _explained(e, training, out):
-    good = latest(out/"checkpoint")
-    return Diverged(f"training diverged in epoch {training.epoch + 1}, step {training.step + 1}, at learning rate {training.parts.lr(training.step):.3g}: {e}; "
+    good, step = latest(out/"checkpoint"), training.step - e.made
+    return Diverged(f"training diverged in epoch {step // training.parts.steps + 1}, step {step + 1}, at learning rate {training.parts.lr(step):.3g}: {e}; "
                     f"a smaller learning rate usually helps; {f'the last good checkpoint is {good}' if good else 'there was no checkpoint yet'}")
 
 @contextmanager
@@ -225,7 +226,7 @@ def _determinism(wanted):
     try: yield
     finally: torch.use_deterministic_algorithms(before)
 
-# %% ../nbs/42_trainer.ipynb #a4dd2717
+# %% ../nbs/42_trainer.ipynb #f7840b3e
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
@@ -236,7 +237,7 @@ def fit(
     workers:int=None,        # processes that load images; None: none for images in memory, else one a CPU, 8 at most
     hooks=(),                # further objects with methods named like events
 ) -> Run:                    # the finished run
-    "Train a recipe; its run folder is as in `acl_nb.records`."
+    "Train a recipe; its run folder is as in `acl_nb.records`. Seeds the random numbers of Python, numpy and torch."
     out, accelerator = Path(out), start_processes()
     going_on = open_folder(recipe, out, resume)
     if going_on and Run(out).finished and recipe.data == Run(out).recipe["data"]: return Run(out)
