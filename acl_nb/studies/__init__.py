@@ -117,7 +117,7 @@ def _differences(key, then, now):
     where = "" if then["environment"] == now["environment"] else " (in another environment)"
     return [f"{key}: {k} is {json.dumps(then.get(k))[:60]} in the record, {json.dumps(now.get(k))[:60]} now{where}" for k in wrong]
 
-# %% ../../nbs/57_studies.ipynb #a7380c5e
+# %% ../../nbs/57_studies.ipynb #0ba46366
 def check_study(
     study,          # of `read_study`
     n:int,          # cells to train again
@@ -129,7 +129,7 @@ def check_study(
     cells, wrong = study_cells(study), []
     runs = {key: run for key, run in recorded(study, cells).items() if only in key}
     require(n >= 1 and runs, "a check must have cells: `check` at least 1, and one that is recorded", f"{n} of {len(runs)}")
-    def tell(key, what, value): wrong.extend(_differences(key, runs[key], value) if what == "done" else [f"{key}: {what}: {value}"])
+    tell = lambda key, what, value: wrong.extend(_differences(key, runs[key], value) if what == "done" else [f"{key}: {what}: {value}"])
     with tempfile.TemporaryDirectory() as out:
         keys, task = sorted(runs), lambda i, c: (replace(c.recipe, data=data or c.recipe.data), Path(out)/str(i), probe_of(study, c.recipe))
         chosen = [keys[i * len(keys) // n] for i in range(n)] if n < len(keys) else keys
