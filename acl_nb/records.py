@@ -57,23 +57,28 @@ def write_predictions(
     else: numpy.savetxt(part, numpy.stack(list(arrays.values()), 1), fmt=["%d", "%d", "%.6f"], delimiter=",", header=",".join(arrays), comments="")
     os.replace(part, path)
 
-# %% ../nbs/32_records.ipynb #f983cdb9
+# %% ../nbs/32_records.ipynb #e58a6bda
 def _commit():
     "The commit of the code that runs, with + when it was changed since; None outside a checkout."
     git = lambda *a: subprocess.run(["git", *a], cwd=Path(acl_nb.__file__).parent, capture_output=True, text=True)
-    try: tracked, head, dirty = git("ls-files", "--error-unmatch", "__init__.py"), git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    try: tracked, head, dirty = git("ls-files", "--error-unmatch", "__init__.py"), git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno", ".")
     except OSError: return None
     if tracked.returncode: return None      # installed below somebody else's checkout
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
 
-# %% ../nbs/32_records.ipynb #ac2288a6
+def _processor():
+    "Model name, where the system tells it."
+    try: return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration): return platform.machine()
+
+# %% ../nbs/32_records.ipynb #2e21e8f5
 def environment() -> dict: # plain values, ready for JSON
     "Versions, hardware and commit, for a run's record."
     cuda = torch.cuda.is_available()
     return {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "numpy": numpy.__version__, "platform": platform.platform(),
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "matmul": matmul_route(),
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]}
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [_processor()]}
 
 # %% ../nbs/32_records.ipynb #336999b1
 class Run:

@@ -1,0 +1,111 @@
+"A study with real processes: killed, stopped, gone on with, checked; and what is wrong with a spec."
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from acl_nb.studies import acl_study
+from acl_nb.studies.results import load_results, train_cell
+from acl_nb.studies.specs import find_study, recorded, study_cells
+from ranks import LIMIT, finish, start
+
+SPEC = {"question": "Which?", "recipe": "digits_lt", "seeds": [0, 1], "probe": 2, "seed_fields": ["seed", "subset_seed"],
+        "base": {"views": 2, "n_max": 20, "imbalance": 4, "dim": 8, "hidden": 8, "batch_size": 16, "epochs": 60},
+        "grids": [{"arms": {"ce": {"loss": "ce"}, "scl": {"loss": "scl"}}}]}
+
+def written(folder, name="kept", **changes):
+    "A spec as a file."
+    (folder/f"{name}.json").write_text(json.dumps({**SPEC, **changes}))
+    return folder/f"{name}.json"
+
+def study(*args, **options): acl_study(*map(str, args), **options)
+def until(true):
+    end = time.time() + LIMIT
+    while not true():
+        assert time.time() < end
+        time.sleep(0.01)
+
+def children(pid):
+    "Processes of a parent, by what they do."
+    found = {}
+    for p in Path("/proc").glob("[0-9]*"):
+        try: parent, said = int((p/"stat").read_text().rsplit(")", 1)[1].split()[1]), (p/"cmdline").read_text()
+        except (OSError, IndexError): continue
+        if parent == pid and "spawn_main" in said: found[int(p.name)] = said
+    return [*found]
+
+def numbers(results): return {key: {k: v for k, v in run.items() if k not in ("seconds", "environment")} for key, run in results.items()}
+
+def test_killed_stopped_and_gone_on_with(tmp_path):
+    spec, said, out = written(tmp_path), tmp_path/"said", tmp_path/"runs"
+    begin = lambda: start(study_in, tmp_path, spec, out, said=said)
+    under_way = lambda: [p for p in out.glob("*/history.jsonl") if not (p.parent/"summary.json").exists()]
+    results = lambda: load_results(tmp_path/"results"/"kept.json")
+
+    parent, = begin()                                                 # the parent is killed: so are its workers
+    until(lambda: len(under_way()) == 2)
+    workers = children(parent.pid); assert len(workers) == 2
+    parent.kill(); finish([parent])
+    until(lambda: not any(Path(f"/proc/{w}").exists() for w in workers))
+
+    parent, = begin()                                                 # a run is done, and two are under way: Ctrl-C
+    until(lambda: len(results()) >= 1 and under_way())
+    os.kill(parent.pid, signal.SIGINT)
+    assert finish([parent]) == [130] and "stopped by SIGINT; the same command goes on from here" in said.read_text()
+    first = results(); assert 1 <= len(first) < 4 and list(out.glob("*/checkpoint/*.pt"))
+
+    parent, = begin()                                                 # a worker is killed: the other cells are trained
+    until(lambda: under_way() and len(children(parent.pid)) >= 1)
+    os.kill(children(parent.pid)[0], signal.SIGKILL)
+    assert finish([parent]) == [1] and "its process died with exit code -9" in said.read_text() and "1 runs failed" in said.read_text()
+    assert len(results()) == 3 and {key: results()[key] for key in first} == first
+
+    assert finish(begin()) == [0] and "kept: 4 of 4 cells" in said.read_text()
+    cells = study_cells(find_study(spec))
+    whole = {key: train_cell(c.recipe, tmp_path/"whole"/str(i), 2 if c.arm == "scl" else None) for i, (key, c) in enumerate(cells.items())}
+    assert numbers(recorded(find_study(spec))) == numbers(whole)      # as if nothing had happened
+    assert not list(out.glob("*/checkpoint")) and said.read_text().count("Traceback") == 0
+
+    text = (tmp_path/"results"/"kept.json").read_text()               # one number is changed: the check finds it
+    top1 = f'"top1": {whole["scl/seed=1"]["top1"]}, '; assert text.count(top1)
+    (tmp_path/"results"/"kept.json").write_text(text.replace(top1, '"top1": 0.9999, '))
+    assert finish(start(study_in, tmp_path, spec, out, {"check": 1, "only": "scl/seed=1"}, said=said)) == [1]
+    assert f"scl/seed=1: top1 is 0.9999 in the record, {whole['scl/seed=1']['top1']} now\n" in said.read_text()
+
+def study_in(folder, spec, out, options={}):
+    os.chdir(folder)
+    study(spec, **{"workers": 2, "out": str(out), **options})
+
+BAD = {
+    "not JSON": ("{", "must be a readable JSON file"),
+    "no grids": ({"question": "Which?", "recipe": "digits_lt", "seeds": [0]}, "`grids` must be given"),
+    "unknown entry": ({**SPEC, "seed": [0]}, "unknown entry 'seed': did you mean seeds"),
+    "unknown recipe": ({**SPEC, "recipe": "digts_lt"}, "unknown recipe 'digts_lt'"),
+    "unknown field": ({**SPEC, "base": {"veiws": 2}}, "ce/seed=0: unknown field 'veiws': did you mean views"),
+    "no views": ({**SPEC, "grids": [{"arms": {"a": {}}, "axes": {"views": [2, 0]}}], "base": {}}, "a/views=0/seed=0: `views` must be at least 1; got 0"),
+    "a field twice": ({**SPEC, "grids": [{"arms": {"a": {"seed": 3}}}]}, "a/seed=0: a field must be set once, by the arm, an axis, the tuning or the seed; got seed"),
+    "a tuning that is not there": ({**SPEC, "tuned_by": "nothing"}, "nothing.json must be a readable JSON file"),
+    "no such images": ({**SPEC, "base": {"n_max": 5000}}, "ce/seed=0: class 0 must have 5000 images"),
+}
+
+@pytest.mark.parametrize("spec, said", BAD.values(), ids=BAD)
+def test_a_bad_spec_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, spec, said):
+    path = tmp_path/"bad.json"
+    path.write_text(spec if isinstance(spec, str) else json.dumps(spec))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit: study(path, workers=1)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and said in err
+    assert not (tmp_path/"results").exists()
+
+def test_a_name_that_is_no_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for there, said in (False, "nbs/studies must hold studies: run this in the project's folder"), (True, "unknown study 'kep': did you mean kept?"):
+        if there: (tmp_path/"nbs/studies").mkdir(parents=True); written(tmp_path/"nbs/studies")
+        with pytest.raises(SystemExit) as exit: study("kep", status=True)
+        assert exit.value.code == 2 and said in capsys.readouterr().err
+    study(status=True, workers=3)
+    assert capsys.readouterr().out == "kept: 0 of 4 cells, no time measured\n"
