@@ -156,19 +156,19 @@ def show_samples(
     names = [f"{html.escape(str(data.classes[c]))} · {n[c]:,}" for c in classes]
     return plot_images(_tiles(getattr(data, part), classes, per_class), per_class, names, pixels=pixels)
 
-# %% ../nbs/31_plots.ipynb #e2cb9a2c
+# %% ../nbs/31_plots.ipynb #f8a2d78d
 def plot_curves(
     history:list,  # one dict an epoch: epoch, loss, top1, many, medium, few
     title:str="",  # of the figure
 ) -> go.Figure:
     "Training loss and test accuracy over the epochs."
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.06, row_heights=[.4, .6])
-    def line(key, name, row, **kw):
+    def _line(key, name, row, **kw):
         rows = [h for h in history if h.get(key) is not None]                               # not every epoch need be tested
         if rows: fig.add_trace(go.Scatter(x=[h["epoch"] for h in rows], y=[h[key] for h in rows], name=name, **kw), row, 1)
-    line("loss", "training loss", 1, line=dict(color=NEUTRAL))
+    _line("loss", "training loss", 1, line=dict(color=NEUTRAL))
     for key, colour in (("top1", "black"), ("many", ATTRACTION), ("medium", "#009E73"), ("few", "#CC79A7")):
-        line(key, "all classes" if key == "top1" else key, 2, line=dict(color=colour, width=3 if key == "top1" else 1.5))
+        _line(key, "all classes" if key == "top1" else key, 2, line=dict(color=colour, width=3 if key == "top1" else 1.5))
     fig.update_yaxes(title="loss", row=1, col=1); fig.update_yaxes(title="test accuracy", tickformat=".0%", row=2, col=1)
     fig.update_xaxes(title="epoch", row=2, col=1)
     return styled(fig, title, height=460)
