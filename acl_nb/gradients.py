@@ -190,7 +190,7 @@ def _poor_batches(C):
             "equal embeddings": (point[0][:1, :1].expand(4, 3, -1), point[1], point[2]),
             **{str(dtype): tuple(t.to(dtype) if t.is_floating_point() else t for t in point) for dtype in (torch.float32, torch.bfloat16)}}
 
-# %% ../nbs/11_gradients.ipynb #06785b6c
+# %% ../nbs/11_gradients.ipynb #dcb5caa6
 def _require_finite(loss, name, z, labels, centers):
     z = z.clone().requires_grad_()
     value = loss(z, labels, centers=centers)
@@ -202,18 +202,22 @@ def _require_same(loss, z, labels, centers, seed):
     g = torch.Generator().manual_seed(seed)
     images, views = torch.randperm(len(z), generator=g), torch.randperm(z.shape[1], generator=g)
     turn = torch.linalg.qr(torch.randn(z.shape[-1], z.shape[-1], generator=g).double()).Q
-    changed = {"the order of the images": (z[images], labels[images], centers), "the order of the views": (z[:, views], labels, centers), "a rotation": (z @ turn, labels, centers @ turn)}
+    turned = None if centers is None else centers @ turn
+    changed = {"the order of the images": (z[images], labels[images], centers), "the order of the views": (z[:, views], labels, centers), "a rotation": (z @ turn, labels, turned)}
     value = loss(z, labels, centers=centers)
     for what, (z, labels, centers) in changed.items():
         again = loss(z, labels, centers=centers)
         require(bool(torch.isclose(again, value, rtol=1e-9, atol=1e-12)), f"a contrastive loss must not change with {what}", f"{value:.6g} and {again:.6g}")
 
-# %% ../nbs/11_gradients.ipynb #02720760
+# %% ../nbs/11_gradients.ipynb #3ab25294
 def check_loss(
-    loss,             # (z [B, V, D], labels [B], centers=[C, D]) -> scalar, like those of `acl_nb.losses`
-    n_classes:int=4,  # C to try it with
-    batches:int=12,   # random ones, of one to four views
+    loss,               # (z [B, V, D], labels [B], centers=[C, D] or None) -> scalar, like those of `acl_nb.losses`
+    n_classes:int=4,    # C to try it with
+    without:bool=True,  # also try it without centres
+    batches:int=12,     # random ones, of one to four views
 ):
     "Refuse a contrastive loss that some batch makes infinite, or that changes with order or rotation."
-    for name, batch in _poor_batches(n_classes).items(): _require_finite(loss, name, *batch)
-    for seed in range(batches): _require_same(loss, *_drawn(6, 1 + seed % 4, n_classes, seed), seed)
+    for keep in (True, False) if without else (True,):
+        usual = lambda z, labels, centers: (z, labels, centers if keep else None)
+        for name, batch in _poor_batches(n_classes).items(): _require_finite(loss, f"{name}, {'with' if keep else 'no'} centres", *usual(*batch))
+        for seed in range(batches): _require_same(loss, *usual(*_drawn(6, 1 + seed % 4, n_classes, seed)), seed)
