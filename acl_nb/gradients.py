@@ -176,13 +176,14 @@ def class_balance(
     by_class = lambda part: part.new_zeros(n_classes).index_add_(0, pairs.key_labels, part.sum(0))
     return {"attraction": by_class(-own.clamp(max=0)), "wrong_way": by_class(own.clamp(min=0)), "repulsion": by_class(others)}
 
-# %% ../nbs/11_gradients.ipynb #12884f70
+# %% ../nbs/11_gradients.ipynb #5470ac3e
 def _drawn(B, V, C, seed, D=8):
     "A random batch with centres, in float64."
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
     return draw(B, V, D), torch.randint(C, (B,), generator=g), draw(C, D)
 
+# %% ../nbs/11_gradients.ipynb #1b32e4e7
 def _poor_batches(C):
     "name -> a batch that breaks what is not careful."
     one, few, point = _drawn(1, 1, C, 0), _drawn(C, 1, C, 1), _drawn(4, 3, C, 2)
@@ -190,7 +191,7 @@ def _poor_batches(C):
             "equal embeddings": (point[0][:1, :1].expand(4, 3, -1), point[1], point[2]),
             **{str(dtype): tuple(t.to(dtype) if t.is_floating_point() else t for t in point) for dtype in (torch.float32, torch.bfloat16)}}
 
-# %% ../nbs/11_gradients.ipynb #dcb5caa6
+# %% ../nbs/11_gradients.ipynb #b914f5e3
 def _require_finite(loss, name, z, labels, centers):
     z = z.clone().requires_grad_()
     value = loss(z, labels, centers=centers)
@@ -198,6 +199,7 @@ def _require_finite(loss, name, z, labels, centers):
     grad, = torch.autograd.grad(value, z)
     require(bool(value.isfinite() and grad.isfinite().all()), f"a loss and its gradient must be finite, also for this batch: {name}", f"{value.item():g}, gradient {grad.sum().item():g}")
 
+# %% ../nbs/11_gradients.ipynb #180de6df
 def _require_same(loss, z, labels, centers, seed):
     g = torch.Generator().manual_seed(seed)
     images, views = torch.randperm(len(z), generator=g), torch.randperm(z.shape[1], generator=g)
