@@ -1,2 +1,2 @@
 """Aligned and parametric contrastive learning for long-tailed image recognition."""
-__version__ = "0.0.1"
+__version__ = "0.1.0"

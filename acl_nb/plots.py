@@ -125,7 +125,7 @@ def show_views(
     original = F.interpolate(images.float(), views.shape[-2:], mode="area").round().to(torch.uint8)
     return plot_images(torch.cat([original[:, None], views], 1).flatten(0, 1), views.shape[1] + 1, column_names=["image", *pipeline.names], pixels=pixels)
 
-# %% ../nbs/31_plots.ipynb #ee03d572
+# %% ../nbs/31_plots.ipynb #89a0fbf7
 def _spread(counts, k=12):
     "Ids of k classes, evenly from head to tail."
     order = counts.argsort(descending=True, stable=True)
@@ -133,10 +133,11 @@ def _spread(counts, k=12):
 
 def _tiles(part, classes, per_class):
     "uint8 [classes·per_class, C, H, W], the first images of each class, then black."
-    tiles = torch.zeros(len(classes), per_class, *part.images.shape[1:], dtype=torch.uint8)
+    require(None not in part.shape, "images must have one size to be shown: build the set with a `size`", part.shape)
+    tiles = torch.zeros(len(classes), per_class, *part.shape, dtype=torch.uint8)
     for row, c in zip(tiles, classes):
         ids = (part.labels == c).nonzero().flatten()[:per_class]
-        row[:len(ids)] = part.images[ids]
+        if len(ids): row[:len(ids)] = part.__getitems__(ids)[0]
     return tiles.flatten(0, 1)
 
 # %% ../nbs/31_plots.ipynb #58dc3b14

@@ -1,12 +1,14 @@
 "What holds for every contrastive loss on any batch: order, rotation and order of views do not matter; fast equals plain; nothing is ever nan."
+from inspect import signature
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from acl_nb.checks import BadInput
-from acl_nb.gradients import conflict_rate, embedding_gradient, pair_gradients
-from acl_nb.losses import acl_loss, bcl_loss, gpaco_loss, scl_loss
+from acl_nb.gradients import check_loss, conflict_rate, embedding_gradient, pair_gradients
+from acl_nb.losses import LOSSES, acl_loss, bcl_loss, gpaco_loss, make_loss, scl_loss
 from acl_nb.losses.acl import acl_loss_plain
 from acl_nb.losses.bcl import bcl_loss_plain
 from acl_nb.losses.scl import scl_loss_plain
@@ -32,6 +34,11 @@ def losses(draw):
     if name == "scl": return scl_loss, {}, with_centers
     if name == "bcl": return bcl_loss, {}, True
     return acl_loss, dict(aligned=draw(st.booleans()), negatives=draw(st.sampled_from(NEGATIVES)), class_counts=COUNTS), with_centers
+
+OF_EMBEDDINGS = [name for name, cls in LOSSES.items() if list(signature(cls.forward).parameters)[1:] == ["z", "labels", "centers"]]     # a new one is in it by itself
+
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
+def test_what_holds_for_any_loss(name): check_loss(make_loss(name, class_counts=COUNTS), len(COUNTS), without=name != "bcl")
 
 def value(loss, z, labels, centers, temperature): return loss[0](z, labels, centers=centers if loss[2] else None, temperature=temperature, **loss[1])
 
