@@ -13,7 +13,7 @@ from acl_nb.studies.specs import find_study, recorded, study_cells
 from ranks import LIMIT, finish, start
 
 SPEC = {"question": "Which?", "recipe": "digits_lt", "seeds": [0, 1], "probe": 2, "seed_fields": ["seed", "subset_seed"],
-        "base": {"views": 2, "n_max": 20, "imbalance": 4, "dim": 8, "hidden": 8, "batch_size": 16, "epochs": 60},
+        "base": {"views": 2, "n_max": 20, "imbalance": 4, "dim": 8, "hidden": 8, "batch_size": 16, "epochs": 30},
         "grids": [{"arms": {"ce": {"loss": "ce"}, "scl": {"loss": "scl"}}}]}
 
 def written(folder, name="kept", **changes):
@@ -28,14 +28,17 @@ def until(true):
         assert time.time() < end
         time.sleep(0.01)
 
-def children(pid):
-    "Processes of a parent, by what they do."
-    found = {}
-    for p in Path("/proc").glob("[0-9]*"):
-        try: parent, said = int((p/"stat").read_text().rsplit(")", 1)[1].split()[1]), (p/"cmdline").read_text()
-        except (OSError, IndexError): continue
-        if parent == pid and "spawn_main" in said: found[int(p.name)] = said
-    return [*found]
+def parent_of(pid):
+    try: return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError: return None
+
+def is_server(pid):
+    try: return "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError: return False
+
+def workers_of(parent):
+    "Process numbers: the parent starts a server, which forks its workers."
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if is_server(p.name) and parent_of(parent_of(p.name)) == parent.pid]
 
 def numbers(results): return {key: {k: v for k, v in run.items() if k not in ("seconds", "environment")} for key, run in results.items()}
 
@@ -47,7 +50,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
 
     parent, = begin()                                                 # the parent is killed: so are its workers
     until(lambda: len(under_way()) == 2)
-    workers = children(parent.pid); assert len(workers) == 2
+    workers = workers_of(parent); assert len(workers) == 2
     parent.kill(); finish([parent])
     until(lambda: not any(Path(f"/proc/{w}").exists() for w in workers))
 
@@ -58,8 +61,8 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
     first = results(); assert 1 <= len(first) < 4 and list(out.glob("*/checkpoint/*.pt"))
 
     parent, = begin()                                                 # a worker is killed: the other cells are trained
-    until(lambda: under_way() and len(children(parent.pid)) >= 1)
-    os.kill(children(parent.pid)[0], signal.SIGKILL)
+    until(lambda: len(found := workers_of(parent)) == 2 and workers.append(found[0]) is None)
+    os.kill(workers[-1], signal.SIGKILL)
     assert finish([parent]) == [1] and "its process died with exit code -9" in said.read_text() and "1 runs failed" in said.read_text()
     assert len(results()) == 3 and {key: results()[key] for key in first} == first
 

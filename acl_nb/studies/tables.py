@@ -143,7 +143,7 @@ def plot_axis(
     fig.update_xaxes(title=axis, tickvals=_values(rows, axis)).update_yaxes(title=NAMES.get(value, value), tickformat=".0%" if value != "ece" else ".1%")
     return styled(fig, title)
 
-# %% ../../nbs/58_studies.tables.ipynb #899b937e
+# %% ../../nbs/58_studies.tables.ipynb #9e64e2ae
 def provenance(
     rows:list,  # of `study_rows`
 ) -> str:       # a sentence
@@ -152,4 +152,4 @@ def provenance(
         f", {e['threads']} thread of {e['cpus']} CPUs ({', '.join(e['devices'])})" if "threads" in e else "")
     seconds, commits = [row["seconds"] for row in rows if "seconds" in row], {str(row["environment"].get("commit"))[:8] for row in rows}
     runs = f"{len(rows)} runs, {sum(seconds) / 3600:.1f} hours, {min(seconds, default=0):.0f} to {max(seconds, default=0):.0f} s each" + (f", {n} diverged" if (n := sum("diverged" in row for row in rows)) else "")
-    return f"{runs}. Made with {'; '.join(sorted({said(row['environment']) for row in rows}))}; {len(commits)} commits ({', '.join(sorted(commits))})."
+    return f"{runs}. Made with {'; '.join(sorted({said(row['environment']) for row in rows}))}; commit {', '.join(sorted(commits))}."

@@ -37,9 +37,10 @@ def _work(pipe):
             except Exception: said = "failed", traceback.format_exc()
             pipe.send(said)
 
-# %% ../../nbs/56_studies.workers.ipynb #8d659bd9
+# %% ../../nbs/56_studies.workers.ipynb #32922bb9
 def _hire(context):
     from acl_nb.studies.workers import _work        # a new process finds a function by its module, which a notebook is not
+    context.set_forkserver_preload([_work.__module__])
     pipe, end = context.Pipe()
     worker = context.Process(target=_work, args=(end,))
     worker.start(); end.close()                     # so that its death ends the pipe
@@ -58,14 +59,14 @@ def _dismiss(idle, busy):
         worker.join(60)
         worker.kill(); worker.join()
 
-# %% ../../nbs/56_studies.workers.ipynb #ef394271
+# %% ../../nbs/56_studies.workers.ipynb #20a625a3
 def run_tasks(
     tasks:dict,   # key -> arguments of `train_cell`
     workers:int,  # processes
     tell,         # function of (key, what, value): done and a result | bad and a reason | failed and a traceback | died and an exit code
 ):
     "Train cells in worker processes, and tell what becomes of each."
-    context, waiting, idle, busy = get_context("spawn"), deque(tasks.items()), [], {}
+    context, waiting, idle, busy = get_context("forkserver"), deque(tasks.items()), [], {}
     with Interrupts() as told:
         try:
             while (waiting or busy) and not told.code:
@@ -73,7 +74,7 @@ def run_tasks(
                     pipe, worker = idle.pop() if idle else _hire(context)
                     key, task = waiting.popleft()
                     busy[pipe] = worker, key
-                    pipe.send(task)
+                    with suppress(OSError): pipe.send(task)       # to a dead one: its pipe will tell
                 for pipe in connection.wait([*busy], timeout=0.5):
                     if told.code: break
                     worker, key = busy.pop(pipe)
