@@ -24,8 +24,7 @@ test: $(NEEDS) clean-check sync-check ## notebooks clean, modules in sync, every
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
-test-browser: $(NEEDS) ## the tutorial in JupyterLab and Voilà, in a real browser; needs chromium (screenshots: runs/browser)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[browser]'
+test-browser: $(NEEDS) ## the explorers and the site in a real browser, which must be there (screenshots: runs/browser)
 	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
 
 # Both checks work on a copy, so that a check changes nothing and needs no commit.

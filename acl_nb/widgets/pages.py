@@ -156,7 +156,7 @@ def run_lines(
         heads.append(f"{name}<br>" + ("not probed" if c is None else f"<span style='font-size:18px'>{c:.0%}</span> pushed apart"))
     return lines, heads
 
-# %% ../../nbs/62_widgets.pages.ipynb #77075366
+# %% ../../nbs/62_widgets.pages.ipynb #b66ad195
 def _run_top(fig, runs):
     "Accuracy over the epochs, and of each class."
     for (name, run), colour in zip(runs.items(), RUN_COLOURS):
@@ -169,7 +169,7 @@ def _run_top(fig, runs):
 def _run_panels(runs, epoch=None):
     k = len(runs)
     lines, heads = run_lines(runs, epoch)
-    fig = make_subplots(3, k, specs=[[{"colspan": k}, *[None] * (k - 1)]] * 2 + [[{}] * k], shared_yaxes=True, vertical_spacing=.13, horizontal_spacing=.03, row_heights=[.3, .3, .4], subplot_titles=["", "", *heads])
+    fig = make_subplots(3, k, specs=[[{"colspan": k}, *[None] * (k - 1)]] * 2 + [[{}] * k], shared_yaxes=True, vertical_spacing=.15, horizontal_spacing=.03, row_heights=[.3, .3, .4], subplot_titles=["", "", *heads])
     _run_top(fig, runs)
     for i, line in enumerate(lines):
         name, colour = (("attraction", ATTRACTION), ("wrong way", WRONG_WAY), ("repulsion", REPULSION))[i % 3]
