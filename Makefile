@@ -60,5 +60,5 @@ outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
 	$(BIN)/nbdev_clean
 
 clean: ## remove what can be made again (not .venv, runs or data)
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
 	find acl_nb tests -name __pycache__ -prune -exec rm -rf {} +

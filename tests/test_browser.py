@@ -1,13 +1,11 @@
 "The tutorial in a real browser: JupyterLab and Voilà run it, keys and the mouse move its controls, the numbers on the page are those of `class_balance`."
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,11 @@ import torch
 
 from acl_nb.gradients import class_balance, pair_gradients
 from acl_nb.widgets import made_batch
+from browsers import SHOTS, browser, needs_browser, new_page
 
+pytestmark = needs_browser
 ROOT, NOTEBOOK = Path(__file__).parents[1], "gradient_balance.ipynb"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-LACKING = [name for name, there in (("a chromium on the PATH", CHROMIUM), ("playwright", find_spec("playwright")), ("voila", find_spec("voila")), ("jupyterlab", find_spec("jupyterlab"))) if not there]
-DEMANDED = bool(os.environ.get("ACL_NB_BROWSER"))
-pytestmark = pytest.mark.skipif(bool(LACKING) and not DEMANDED, reason=f"needs {', '.join(LACKING)}; `make test-browser` demands them")
-
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 QUIET = '{"fetchNews": "false", "checkForUpdates": false}'
-SHOTS = Path(os.environ.get("ACL_NB_SHOTS", ROOT/"runs/browser"))                       # screenshots, kept for a look
 
 def free_port():
     with socket.socket() as s:
@@ -53,27 +46,6 @@ def serving(folder):
     finally:
         server.terminate()
         server.wait(20)
-
-@contextmanager
-def browser():
-    "A chromium; its pages reach this machine only."
-    assert not LACKING, f"needs {', '.join(LACKING)}"
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
-        try: yield chromium
-        finally: chromium.close()
-
-def new_page(chromium, address):
-    "A page on its way to an address, and what it asks of others."
-    page, outside = chromium.new_page(viewport={"width": 1300, "height": 1100}), []
-    def guard(route):
-        if re.match(r"(http|ws)://127\.0\.0\.1|data:|blob:", route.request.url): return route.continue_()
-        outside.append(route.request.url)
-        route.abort()
-    page.route("**/*", guard)
-    page.goto(address, wait_until="commit", timeout=180_000)
-    return page, outside
 
 def stripped(folder):
     "The tutorial without outputs, so that what is seen was made here."
