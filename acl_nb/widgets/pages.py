@@ -79,12 +79,12 @@ def count_figure(
     fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2).update_xaxes(title="classes, head → tail", row=2)
     return _slider(fig, over, values, [({k: [l[k] for l in ls] for k in ("x", "y", "customdata")}, {"annotations[0].text": h, "shapes": s}) for ls, h, s in states]) if over else fig
 
-# %% ../../nbs/62_widgets.pages.ipynb #245e73a7
-def _slider(fig, over, values, updates, below=55):
+# %% ../../nbs/62_widgets.pages.ipynb #20efc7ed
+def _slider(fig, over, values, updates, below=85):
     "A slider in the page itself; each position holds what it overwrites in the traces and in the layout."
     steps = [dict(method="update", label=str(v), args=list(args)) for v, args in zip(values, updates)]
     bar = dict(steps=steps, currentvalue=dict(prefix=f"{over.replace('_', ' ')}: "), pad=dict(t=below))
-    return fig.update_layout(sliders=[bar], height=fig.layout.height + 90, margin_b=(fig.layout.margin.b or 60) + 90)
+    return fig.update_layout(sliders=[bar], height=fig.layout.height + 120, margin_b=(fig.layout.margin.b or 60) + 120)
 
 # %% ../../nbs/62_widgets.pages.ipynb #e3c6b1af
 def sample_image(
