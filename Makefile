@@ -3,13 +3,12 @@ PYTHON ?= python3
 BIN    := $(CURDIR)/.venv/bin
 NEEDS  := $(CURDIR)/.venv/installed
 SITE   := $(if $(shell command -v quarto),,$(CURDIR)/.ci/bin:)# a stand-in where Quarto is not installed
-NBS     = $(shell find nbs -name '*.ipynb' -not -path '*/.*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser bench clean-check sync-check lab docs readme outputs clean
+.PHONY: help demo test test-browser bench clean-check sync-check lab docs readme outputs outputs-check clean
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 $(NEEDS): settings.ini setup.py
 	@$(PYTHON) -c "import sys; sys.exit('acl_nb needs Python 3.11 or newer; name one: make PYTHON=/path/to/python' if sys.version_info < (3, 11) else 0)"
@@ -24,9 +23,8 @@ test: $(NEEDS) clean-check sync-check ## notebooks clean, modules in sync, every
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
-test-browser: $(NEEDS) ## the tutorial in JupyterLab and Voilà, in a real browser; needs chromium (screenshots: runs/browser)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[browser]'
-	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
+test-browser: $(NEEDS) ## the explorers and the site in a real browser, which must be there (screenshots: runs/browser)
+	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py tests/test_site.py
 
 # Both checks work on a copy, so that a check changes nothing and needs no commit.
 COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
@@ -55,11 +53,15 @@ docs: $(NEEDS) ## the site, in _docs/
 readme: $(NEEDS) ## README.md from nbs/index.ipynb
 	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" nbdev_readme
 
+EXECUTE = for nb in $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && $(BIN)/nbdev_clean
+
 outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
 	$(BIN)/nbdev_export
-	for nb in $(NBS); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done
-	$(BIN)/nbdev_clean
+	$(EXECUTE)
+
+outputs-check: $(NEEDS) ## execute every notebook in a copy: are the stored outputs what the code gives?
+	@$(COPY) && { $(EXECUTE); } && diff -rq $(SKIP) $(CURDIR)/nbs nbs || { echo 'stored outputs are not what the code gives here: run make outputs'; exit 1; }
 
 clean: ## remove what can be made again (not .venv, runs or data)
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
 	find acl_nb tests -name __pycache__ -prune -exec rm -rf {} +

@@ -83,10 +83,10 @@ def _build_network(recipe, data):
     if recipe.sync_bn: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(memory_format=torch.channels_last) if recipe.channels_last else net
 
-# %% ../nbs/41_parts.ipynb #0e256aa1
+# %% ../nbs/41_parts.ipynb #7addbfeb
 def _freeze_unread(r, network):
     if r.loss in ("ce", "la", "ldam", "cb"): network.head.requires_grad_(False)
-    if r.loss not in ("scl", "bcl", "acl") and network.centers is not None: network.centers.requires_grad_(False)
+    if r.loss in ("ce", "la", "ldam", "cb", "paco", "gpaco") and network.centers is not None: network.centers.requires_grad_(False)
     if r.readout == "centers":
         for name, p in network.classifier.named_parameters(): p.requires_grad_(r.centers == "weights" and name == "weight")
 

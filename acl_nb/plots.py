@@ -39,13 +39,14 @@ def styled(
                       font=dict(size=13), legend=dict(orientation="h", y=-60 / height, yanchor="top", x=0))
     return fig
 
-# %% ../nbs/31_plots.ipynb #20dd98a4
+# %% ../nbs/31_plots.ipynb #94bf1f3a
 def show(
     fig:go.Figure,  # to be displayed
 ):
     "Display a figure so that it works in JupyterLab and in the rendered pages."
     from IPython.display import display
     page = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=f"figure-{zlib.crc32(fig.to_json().encode())}")
+    if fig.layout.sliders or any(axis.domain and axis.domain[0] > 0 for axis in fig.select_xaxes()): page = f'<div style="min-width: 640px">{page}</div>'
     display({"application/vnd.plotly.v1+json": json.loads(fig.to_json()), "text/html": page}, raw=True)
 
 # %% ../nbs/31_plots.ipynb #6c3005fe

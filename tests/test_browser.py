@@ -1,13 +1,11 @@
-"The tutorial in a real browser: JupyterLab and Voilà run it, the keyboard moves a slider, the numbers on the page are those of `class_balance`."
+"The tutorial in a real browser: JupyterLab and Voilà run it, keys and the mouse move its controls, the numbers on the page are those of `class_balance`."
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,11 @@ import torch
 
 from acl_nb.gradients import class_balance, pair_gradients
 from acl_nb.widgets import made_batch
+from browsers import SHOTS, browser, needs_browser, new_page
 
+pytestmark = needs_browser
 ROOT, NOTEBOOK = Path(__file__).parents[1], "gradient_balance.ipynb"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-LACKING = [name for name, there in (("a chromium on the PATH", CHROMIUM), ("playwright", find_spec("playwright")), ("voila", find_spec("voila")), ("jupyterlab", find_spec("jupyterlab"))) if not there]
-DEMANDED = bool(os.environ.get("ACL_NB_BROWSER"))
-pytestmark = pytest.mark.skipif(bool(LACKING) and not DEMANDED, reason=f"needs {', '.join(LACKING)}; `make test-browser` demands them")
-
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 QUIET = '{"fetchNews": "false", "checkForUpdates": false}'
-SHOTS = Path(os.environ.get("ACL_NB_SHOTS", ROOT/"runs/browser"))                       # screenshots, kept for a look
 
 def free_port():
     with socket.socket() as s:
@@ -32,14 +25,16 @@ def free_port():
         return s.getsockname()[1]
 
 @contextmanager
-def serving(command, port, folder):
-    "A server on a port of this machine, up before and stopped after."
-    lab = folder/"config/lab/@jupyterlab/apputils-extension"
+def serving(folder):
+    "The address of a JupyterLab on this machine, which serves Voilà too; up before and stopped after."
+    lab, port = folder/"config/lab/@jupyterlab/apputils-extension", free_port()
     lab.mkdir(parents=True)
     (lab/"notification.jupyterlab-settings").write_text(QUIET)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
            "JUPYTER_CONFIG_DIR": str(folder/"config"), "JUPYTERLAB_SETTINGS_DIR": str(folder/"config/lab"), "OMP_NUM_THREADS": "1"}
     env.pop("ACL_NB_STILL", None)
+    command = ["jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={folder}",
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.jpserver_extensions={'voila.server_extension': True}", "--VoilaConfiguration.show_tracebacks=True"]
     with open(folder/"server.log", "w") as log: server = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
@@ -47,31 +42,39 @@ def serving(command, port, folder):
                 if s.connect_ex(("127.0.0.1", port)) == 0: break
             assert server.poll() is None, (folder/"server.log").read_text()[-3000:]
             time.sleep(.25)
-        yield
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(20)
 
-@contextmanager
-def browser(outside):
-    "A page that reaches this machine only; what it asks of others is noted."
-    assert not LACKING, f"needs {', '.join(LACKING)}"
-    from playwright.sync_api import sync_playwright
-    def guard(route):
-        if re.match(r"(http|ws)://127\.0\.0\.1|data:|blob:", route.request.url): return route.continue_()
-        outside.append(route.request.url)
-        route.abort()
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGS)
-        page = chromium.new_page(viewport={"width": 1300, "height": 1100})
-        page.route("**/*", guard)
-        try: yield page
-        finally: chromium.close()
+def stripped(folder):
+    "The tutorial without outputs, so that what is seen was made here."
+    import nbformat
+    notebook = nbformat.read(ROOT/"nbs/tutorials"/NOTEBOOK, 4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code": cell.update(outputs=[], execution_count=None)
+    nbformat.write(notebook, folder/NOTEBOOK)
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    "The tutorial in JupyterLab, running, and under Voilà, which runs it by itself: both at once, to wait once."
+    folder = tmp_path_factory.mktemp("browser")
+    stripped(folder)
+    with serving(folder) as address, browser() as chromium:
+        lab, outside = new_page(chromium, f"{address}/lab/tree/{NOTEBOOK}?reset")
+        lab.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
+        lab.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=90_000)
+        lab.get_by_role("menuitem", name="Run", exact=True).click()
+        lab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        voila, _ = new_page(chromium, f"{address}/voila/render/{NOTEBOOK}")
+        yield lab, voila, outside
 
 # The balance explorer's figure is the one that holds both a bar and eight traces and has no slider of its own.
 FIGURE = "[...document.querySelectorAll('.js-plotly-plot')].find(g => g.data && g.data.length == 8 && !(g.layout.sliders || []).length)"
 BARS = f"() => {{ const g = {FIGURE}; return g && [0, 1, 2, 4, 5, 6].map(k => Array.from(g.data[k].y || [])) }}"
 HEAD = f"() => {{ const g = {FIGURE}; return g && g.layout.annotations[1].text }}"
+FILLS = f"() => {{ const g = {FIGURE}; return Math.abs(g._fullLayout.width - g.parentElement.clientWidth) < 20 }}"
+FOCUSED = "() => { const e = document.activeElement.closest('.widget-inline-hbox, .widget-checkbox'); return e && e.innerText.split('\\n')[0] }"
 
 def expected(views, right):
     b = made_batch(views)
@@ -87,51 +90,69 @@ def shows(page, views, right):
         page.wait_for_timeout(250)
     raise AssertionError(f"the page never showed {views} views with {right}: {[g[:3] for g in got or []]}")
 
+def press(slider, key, reads):
+    "A key on a slider, until it reads so."
+    handle = slider.locator(".noUi-handle").first
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    handle.press(key)
+    slider.locator(".widget-readout").get_by_text(reads, exact=True).wait_for(timeout=20_000)
+
 def play(page, name):
-    "Three keys on the views slider and another loss on the right; the figure follows."
+    "Keys on the views slider and another loss on the right; the figure follows, and fills its place at any width."
     box = page.locator(".widget-vbox").filter(has=page.locator("select")).first
     box.locator(".js-plotly-plot").first.wait_for(timeout=120_000)
     shows(page, 2, "acl")
-    handle = box.locator(".widget-slider").filter(has_text=re.compile(r"^views")).locator(".noUi-handle").first
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    for _ in range(2): page.keyboard.press("ArrowRight")
+    page.wait_for_function(FILLS, timeout=20_000)
+    views = box.locator(".widget-slider").filter(has_text=re.compile(r"^views"))
+    press(views, "ArrowRight", "3")
+    press(views, "ArrowRight", "4")
     shows(page, 4, "acl")
     box.locator("select").nth(2).select_option("BCL")
     shows(page, 4, "bcl")
     assert page.evaluate(HEAD).startswith("<b>BCL</b>") and box.locator(".js-plotly-plot").count() == 1
     SHOTS.mkdir(parents=True, exist_ok=True)
-    handle.scroll_into_view_if_needed()
-    page.screenshot(path=SHOTS/f"{name}.png")
-    page.set_viewport_size({"width": 800, "height": 1100})
-    page.wait_for_timeout(1000)
-    page.screenshot(path=SHOTS/f"{name}-800.png")
+    for width in (1300, 800):
+        page.set_viewport_size({"width": width, "height": 1100})
+        page.wait_for_function(FILLS, timeout=20_000)
+        page.screenshot(path=SHOTS/f"{name}-{width}.png")
 
-def stripped(folder):
-    "The tutorial without outputs, so that what is seen was made here."
-    import nbformat
-    notebook = nbformat.read(ROOT/"nbs/tutorials"/NOTEBOOK, 4)
-    for cell in notebook.cells: cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[], execution_count=None)
-    nbformat.write(notebook, folder/NOTEBOOK)
+def tabbed(page):
+    "Names of the controls that the Tab key reaches, from the first on."
+    page.locator(".widget-vbox select").first.focus()
+    names = []
+    while (name := page.evaluate(FOCUSED)) and len(names) < 40:
+        names.append(name)
+        page.keyboard.press("Tab")
+    return names
 
-def test_jupyterlab(tmp_path):
-    stripped(tmp_path)
-    port, outside = free_port(), []
-    lab = ["jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=",
-           f"--ServerApp.root_dir={tmp_path}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with serving(lab, port, tmp_path), browser(outside) as page:
-        page.goto(f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK}?reset", wait_until="domcontentloaded")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
-        page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=90_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        play(page, "jupyterlab")
+def drag(page, path, x, y):
+    "Drag a shape by some pixels."
+    path.scroll_into_view_if_needed()
+    box = path.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + x, box["y"] + box["height"] / 2 + y, steps=8)
+    page.mouse.up()
+
+def test_jupyterlab(pages):
+    page, _, outside = pages
+    play(page, "jupyterlab")
+    names = tabbed(page)
+    assert list(dict.fromkeys(names)) == ["left loss", "right loss", "views", "batch size", "temperature", "imbalance factor", "classes", "geometry", "seed", "classes sorted by", "bars show the"]   # ACL's switches rest
     assert not outside
 
-def test_voila(tmp_path):
-    stripped(tmp_path)
-    port = free_port()
-    voila = ["voila", NOTEBOOK, "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--strip_sources=True", "--show_tracebacks=True"]
-    with serving(voila, port, tmp_path), browser([]) as page:
-        page.goto(f"http://127.0.0.1:{port}/", wait_until="domcontentloaded", timeout=180_000)
-        play(page, "voila")
+def test_voila(pages):
+    play(pages[1], "voila")
+
+def test_a_ring_is_dragged(pages):
+    page = pages[0]
+    slider = page.locator(".widget-slider").filter(has_text=re.compile(r"images at"))
+    readout = slider.locator(".widget-readout")
+    readout.get_by_text("60", exact=True).wait_for(timeout=90_000)
+    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=90_000)       # nothing moves any more
+    explorer = page.locator(".widget-vbox").filter(has=slider)
+    explorer.scroll_into_view_if_needed()
+    drag(page, explorer.locator("[data-index='2'] path").first, -40, -10)
+    page.screenshot(path=SHOTS/"dragged.png")
+    page.wait_for_function("e => Number(e.innerText) > 60 && Number(e.innerText) < 120", arg=readout.element_handle(), timeout=20_000)

@@ -44,3 +44,9 @@ def test_every_notebook_is_executed():
         assert any(c["outputs"] for c in cells), f"{path.name} has no outputs: run `make outputs`"
         assert "widget-view" not in json.dumps([c["outputs"] for c in cells]) and "widgets" not in json.loads(path.read_text())["metadata"], f"{path.name} stores a widget: run `make outputs`"
         assert "Warning" not in json.dumps([c["outputs"] for c in cells]), f"{path.name} stores a warning"
+
+def test_the_repository_stays_small():
+    notebooks = {p.name: p.stat().st_size for p in ROOT.glob("nbs/**/*.ipynb") if not {"runs", ".ipynb_checkpoints"} & set(p.parts)}
+    assert max(notebooks.values()) < 2e6, max(notebooks, key=notebooks.get)
+    kept = [p for name in ("acl_nb", "nbs", "tests", ".ci", ".github") for p in (ROOT/name).rglob("*") if p.is_file() and not {"runs", "__pycache__", ".ipynb_checkpoints"} & set(p.parts)]
+    assert sum(p.stat().st_size for p in [*kept, *ROOT.glob("*.*")] if p.is_file()) < 25e6

@@ -8,8 +8,10 @@ __all__ = ['SIDES', 'Explorer', 'pick', 'steps', 'whole', 'side_name', 'BalanceR
            'made_batch', 'run_batch', 'conflict_figure', 'conflict_numbers', 'count_figure', 'count_numbers',
            'run_figure', 'views_figure']
 
-# %% ../../nbs/63_widgets.ipynb #637e6581
+# %% ../../nbs/63_widgets.ipynb #558e2559
+import math
 import os
+import re
 from functools import lru_cache
 
 import ipywidgets
@@ -18,6 +20,7 @@ from fastcore.basics import patch
 
 from ..counts import KINDS
 from ..pairs import NEGATIVES
+from ..plots import NEUTRAL
 from ..views.policies import POLICIES
 from .balance import (BARS, GEOMETRY, SORTS, Batch, _shades, balance_figure, balance_lines, balance_numbers, headline,
                                     made_batch, run_batch)
@@ -29,10 +32,19 @@ from .pages import (count_figure, count_lines, count_numbers, open_runs, run_fig
 _all_ = ["Batch", "balance_figure", "balance_numbers", "made_batch", "run_batch", "conflict_figure", "conflict_numbers", "count_figure",
          "count_numbers", "run_figure", "views_figure"]
 
-# %% ../../nbs/63_widgets.ipynb #52c94e4f
+# %% ../../nbs/63_widgets.ipynb #8826f2ca
+_FILL = r"""}; export default () => {
+  const widget = \1();
+  return {...widget, render(page) {
+    const leave = widget.render(page), watch = new ResizeObserver(() => window.dispatchEvent(new Event("resize")));
+    watch.observe(page.el);
+    return () => { watch.disconnect(); leave(); };
+  }};
+}"""
+
 class _Figure(go.FigureWidget):
-    "A figure that can be forgotten."
-    _esm = str(go.FigureWidget._esm)
+    "A figure that fills its place and can be forgotten."
+    _esm = re.sub(r",([\w$]+) as default\}", _FILL, str(go.FigureWidget._esm), count=1)
 
 # %% ../../nbs/63_widgets.ipynb #dcfa7f0b
 def _overwrite(figure, places, lines, layout):
@@ -43,7 +55,7 @@ def _overwrite(figure, places, lines, layout):
         for key, value in layout.items(): figure.layout[key] = value
     return figure
 
-# %% ../../nbs/63_widgets.ipynb #705174a6
+# %% ../../nbs/63_widgets.ipynb #1d31b9a6
 class Explorer(ipywidgets.VBox):
     "Controls above a figure that follows them."
     def __init__(self,
@@ -56,8 +68,8 @@ class Explorer(ipywidgets.VBox):
         self.figure = _Figure(_overwrite(go.Figure(figure), places, *read(**self.values)))
         self.figure._config = {**(self.figure._config or {}), "responsive": True}
         for c in controls.values(): c.observe(self.redraw, "value")
-        row = ipywidgets.Box(list(controls.values()), layout=ipywidgets.Layout(display="flex", flex_flow="row wrap"))
-        super().__init__([row, self.figure])
+        grid = ipywidgets.Layout(display="grid", grid_template_columns="repeat(auto-fill, minmax(260px, 1fr))")
+        super().__init__([ipywidgets.Box(list(controls.values()), layout=grid), self.figure])
 
     @property
     def values(self): return {name: c.value for name, c in self.controls.items()}
@@ -92,8 +104,8 @@ def _repr_mimebundle_(self:Explorer, **kwargs):
     if "ACL_NB_STILL" in os.environ: return {"text/plain": "An explorer: open this notebook in JupyterLab or Voilà and run the cell."}
     return ipywidgets.VBox._repr_mimebundle_(self, **kwargs)
 
-# %% ../../nbs/63_widgets.ipynb #d8e4acab
-_WIDE = {"style": {"description_width": "120px"}, "layout": {"width": "370px"}}
+# %% ../../nbs/63_widgets.ipynb #4ac2c61e
+_WIDE = {"style": {"description_width": "120px"}, "layout": {"width": "auto"}}
 
 def pick(
     label:str,  # in words
@@ -205,17 +217,48 @@ def balance_explorer(
     controls = _side_controls("left", "SCL") | _side_controls("right", "ACL") | _batch_controls([*GEOMETRY, *own])
     return Explorer(controls, balance_figure(batch_size=2, classes=2), BalanceReader(opened))
 
-# %% ../../nbs/63_widgets.ipynb #1dfce0a5
+# %% ../../nbs/63_widgets.ipynb #135b51cf
+_RINGS = ("view_angle", "image_angle", "negative_angle")
+
+def _rings(values):
+    "A ring around the first point of each group, for both circles; none where a group is empty."
+    shapes, turn = [], [k * math.pi / 12 for k in range(24)]
+    for name, n in zip(_RINGS, (values["views"] - 1, values["images"], values["negatives"])):
+        x, y = math.cos(math.radians(values[name])), math.sin(math.radians(values[name]))
+        path = "M" + "L".join(f"{x + .13 * math.cos(t):.3f},{y + .13 * math.sin(t):.3f}" for t in turn) + "Z"
+        shapes += [dict(name=name, path=path, visible=n > 0, xref=f"x{side}", yref=f"y{side}", line=dict(color=NEUTRAL, width=1, dash="dot")) for side in ("", 2)]
+    return shapes
+
+def _angle(path):
+    "Distance of a ring's middle from the anchor, in degrees."
+    numbers = [float(v) for v in re.findall(r"-?[\d.]+(?:e-?\d+)?", path)]
+    return abs(math.degrees(math.atan2(sum(numbers[1::2]), sum(numbers[::2]))))
+
+# %% ../../nbs/63_widgets.ipynb #dcf564cc
+def _follow(explorer):
+    "Let the sliders of the angles follow their rings."
+    def _moved(_, shapes):
+        for shape, ring in zip(shapes, _rings(explorer.values)):
+            if shape.path == ring["path"]: continue
+            control, before = explorer.controls[shape.name], explorer.values[shape.name]
+            control.value = 5 * round(_angle(shape.path) / 5)
+            if control.value == before: explorer.redraw()
+            return
+    explorer.figure.layout.on_change(_moved, "shapes")
+    explorer.figure._config = {**explorer.figure._config, "edits": {"shapePosition": True}}
+    return explorer
+
+# %% ../../nbs/63_widgets.ipynb #34398ca7
 def conflict_explorer() -> Explorer:
-    "One anchor on a circle, its pulls and pushes under SCL and ACL."
+    "One anchor on a circle, its pulls and pushes under SCL and ACL; its points can be dragged by their rings."
     def _read(**values):
         lines, heads = conflict_lines(conflict_numbers(**values))
-        return lines, {f"annotations[{k}].text": h for k, h in enumerate(heads)}
+        return lines, {f"annotations[{k}].text": h for k, h in enumerate(heads)} | {"shapes": _rings(values)}
     angle = lambda label, value: ipywidgets.IntSlider(value, 0, 180, 5, description=label, **_WIDE)
     controls = {"views": whole("views", 1, 8, 1), "images": whole("images of its class", 0, 6, 2), "negatives": whole("negatives", 0, 12, 4),
-                "view_angle": angle("views at (degrees)", 15), "image_angle": angle("images at", 60), "negative_angle": angle("negatives at", 140),
+                "view_angle": angle("views at (°)", 15), "image_angle": angle("images at (°)", 60), "negative_angle": angle("negatives at (°)", 140),
                 "temperature": steps("temperature", (.05, .1, .2, .3, .5, 1), .3)}
-    return Explorer(controls, conflict_figure(), _read, MOVING)
+    return _follow(Explorer(controls, conflict_figure(), _read, MOVING))
 
 # %% ../../nbs/63_widgets.ipynb #038a531d
 def count_explorer() -> Explorer:
@@ -227,7 +270,7 @@ def count_explorer() -> Explorer:
                 "n_max": steps("largest class", (1, 10, 50, 120, 500, 1280, 5000), 500), "views": whole("views", 1, 8, 2), "batch_size": steps("batch size", (1, 8, 32, 64, 128, 256, 512, 1024), 256)}
     return Explorer(controls, count_figure(), _read)
 
-# %% ../../nbs/63_widgets.ipynb #806e4888
+# %% ../../nbs/63_widgets.ipynb #b2efe5ae
 def views_explorer(
     image=None, # uint8 [C, S, S]; None: a photograph that comes with scikit-learn
 ) -> Explorer:
@@ -235,7 +278,7 @@ def views_explorer(
     image = sample_image() if image is None else image
     fitting = [k for k, p in POLICIES.items() if len(image) == 3 or not p.colors]
     def _read(policy, views, seed):
-        fig = views_figure(image, fitting if policy == "all" else (policy,), views, seed)
+        fig = views_figure(image, fitting if policy == "all" else (policy,), views, seed, min(84, 460 // views))
         return [{"source": fig.data[0].source}], {k: v for k, v in fig.layout.to_plotly_json().items() if k != "template"}
     controls = {"policy": pick("policy", ("all", *fitting), "all"), "views": whole("views", 1, 8, 6), "seed": whole("seed", 0, 99, 0)}
     explorer, button = Explorer(controls, views_figure(image, fitting), _read), ipywidgets.Button(description="Draw again")

@@ -135,7 +135,7 @@ def class_order(
     "In which order the classes stand."
     return choose(sort, SORTS, "sort")(batch, numbers).argsort(stable=True)
 
-# %% ../../nbs/60_widgets.balance.ipynb #400ab8d1
+# %% ../../nbs/60_widgets.balance.ipynb #0f3784cf
 _BARS = (("attraction", "attraction", 1, ATTRACTION), ("wrong way", "wrong_way", -1, WRONG_WAY), ("repulsion", "repulsion", -1, REPULSION))
 BARS = ("sum", "share")
 
@@ -148,7 +148,7 @@ def headline(
     without = numbers["unattracted"]
     note = f", {without} classes unattracted" if without else ""
     return (f"<b>{name}</b><br><span style='font-size:18px'>{shown('conflict', '{:.0%}')}</span><span style='font-size:12px'> pushed apart, {shown('taken_back', '{:.0%}')} of the pull taken back</span>"
-            f"<br><span style='font-size:18px'>{shown('spread', '{:.3g}×')}</span><span style='font-size:12px'> spread{note}</span>")
+            f"<br><span style='font-size:18px'>{shown('spread', '{:.3g}×' if numbers['spread'] < 1000 else '{:,.0f}×')}</span><span style='font-size:12px'> spread{note}</span>")
 
 # %% ../../nbs/60_widgets.balance.ipynb #1f0d46e5
 def balance_lines(

@@ -113,13 +113,14 @@ def _conflict_panels(numbers):
     fig.add_trace(go.Scatter(**lines[14], mode="lines", line=dict(color="black", dash="dash", width=1.5), name="q = 1/|P|", hovertemplate="1/|P| = %{y:.3f}<extra></extra>"), 2, 1)
     return _framed(fig)
 
-# %% ../../nbs/61_widgets.conflict.ipynb #8fda9053
+# %% ../../nbs/61_widgets.conflict.ipynb #e19fe789
 MOVING = [*range(2, 8), *range(10, 16), 16, 17, 18]                # the places of the moving lines among the traces
 
 def _framed(fig):
     styled(fig, height=560).update_layout(margin=dict(l=60, t=80, b=90), legend=dict(y=-.1))
-    fig.update_xaxes(range=[-1.5, 1.5], visible=False, row=1).update_yaxes(range=[-1.35, 1.35], visible=False, row=1).update_xaxes(showticklabels=False, row=2, title="keys", title_standoff=6)
+    fig.update_xaxes(range=[-1.3, 1.3], visible=False, row=1).update_yaxes(range=[-1.3, 1.3], visible=False, row=1).update_xaxes(showticklabels=False, row=2, title="keys", title_standoff=6)
     for axis, x in (("yaxis", "x"), ("yaxis2", "x2")): fig.layout[axis].update(scaleanchor=x, scaleratio=1)
+    fig.update_xaxes(constrain="domain", row=1).update_yaxes(constrain="domain", row=1)                 # a narrow page gives a narrow panel, not a small circle
     return fig.update_yaxes(title="share q", row=2, col=1).update_yaxes(title="coefficient", row=2, col=2).update_annotations(font_size=15)
 
 # %% ../../nbs/61_widgets.conflict.ipynb #b73f0b01

@@ -79,12 +79,12 @@ def count_figure(
     fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2).update_xaxes(title="classes, head → tail", row=2)
     return _slider(fig, over, values, [({k: [l[k] for l in ls] for k in ("x", "y", "customdata")}, {"annotations[0].text": h, "shapes": s}) for ls, h, s in states]) if over else fig
 
-# %% ../../nbs/62_widgets.pages.ipynb #245e73a7
-def _slider(fig, over, values, updates, below=55):
+# %% ../../nbs/62_widgets.pages.ipynb #20efc7ed
+def _slider(fig, over, values, updates, below=85):
     "A slider in the page itself; each position holds what it overwrites in the traces and in the layout."
     steps = [dict(method="update", label=str(v), args=list(args)) for v, args in zip(values, updates)]
     bar = dict(steps=steps, currentvalue=dict(prefix=f"{over.replace('_', ' ')}: "), pad=dict(t=below))
-    return fig.update_layout(sliders=[bar], height=fig.layout.height + 90, margin_b=(fig.layout.margin.b or 60) + 90)
+    return fig.update_layout(sliders=[bar], height=fig.layout.height + 120, margin_b=(fig.layout.margin.b or 60) + 120)
 
 # %% ../../nbs/62_widgets.pages.ipynb #e3c6b1af
 def sample_image(
@@ -156,7 +156,7 @@ def run_lines(
         heads.append(f"{name}<br>" + ("not probed" if c is None else f"<span style='font-size:18px'>{c:.0%}</span> pushed apart"))
     return lines, heads
 
-# %% ../../nbs/62_widgets.pages.ipynb #36a95946
+# %% ../../nbs/62_widgets.pages.ipynb #1e1d2330
 def _run_top(fig, runs):
     "Accuracy over the epochs, and of each class."
     for (name, run), colour in zip(runs.items(), RUN_COLOURS):
@@ -169,7 +169,7 @@ def _run_top(fig, runs):
 def _run_panels(runs, epoch=None):
     k = len(runs)
     lines, heads = run_lines(runs, epoch)
-    fig = make_subplots(3, k, specs=[[{"colspan": k}, *[None] * (k - 1)]] * 2 + [[{}] * k], shared_yaxes=True, vertical_spacing=.13, horizontal_spacing=.03, row_heights=[.3, .3, .4], subplot_titles=["", "", *heads])
+    fig = make_subplots(3, k, specs=[[{"colspan": k}, *[None] * (k - 1)]] * 2 + [[{}] * k], shared_yaxes=True, vertical_spacing=.15, horizontal_spacing=.03, row_heights=[.3, .3, .4], subplot_titles=["", "", *heads])
     _run_top(fig, runs)
     for i, line in enumerate(lines):
         name, colour = (("attraction", ATTRACTION), ("wrong way", WRONG_WAY), ("repulsion", REPULSION))[i % 3]

@@ -1,0 +1,109 @@
+"The rendered site: every link, anchor and image leads somewhere; every page opens without an error, its figures drawn."
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from nbdev.config import get_config
+
+from browsers import SHOTS, browser, needs_browser, new_page
+
+ROOT = Path(__file__).parents[1]
+CFG = get_config(path=ROOT)
+CODE = f"{CFG.git_url}/blob/{CFG.branch}/"
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "The folder of the site, built from a copy as `make docs` does where Quarto is not installed."
+    to = tmp_path_factory.mktemp("site")
+    for name in ("settings.ini", "setup.py", "README.md", "_quarto.yml"): shutil.copy(ROOT/name, to)
+    for name in ("acl_nb", "nbs", ".ci"): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints"))
+    path = f"{to/'.ci/bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["nbdev_docs"], cwd=to, env={**os.environ, "PATH": path, "PYTHONPATH": str(to), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return to/"_docs"
+
+class Page(HTMLParser):
+    "The anchors of a page, what it refers to, and what it loads."
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.refs, self.loads = set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.anchors |= {attrs[k] for k in ("id", "name") if attrs.get(k)}
+        if attrs.get("src") or (tag == "link" and attrs.get("href")): self.loads.append(attrs.get("src") or attrs["href"])
+        if attrs.get("href") or attrs.get("src"): self.refs.append(attrs.get("href") or attrs["src"])
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+
+def lines_of(module):
+    "Line numbers at which a module defines something."
+    return {line for node in ast.walk(ast.parse((ROOT/module).read_text())) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) for line in (node.lineno, *[d.lineno for d in node.decorator_list])}
+
+def test_every_notebook_is_a_page_and_in_the_sidebar(site, pages):
+    notebooks = [p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and "runs" not in p.parts]
+    names = {str(p.relative_to(ROOT/"nbs").with_name(re.sub(r"^\d+_", "", p.stem) + ".html")) for p in notebooks}
+    assert names == {str(p.relative_to(site)) for p in pages}
+    index = (site/"index.html").read_text(encoding="utf-8")
+    sidebar = index[index.index('id="quarto-sidebar"'):index.index("</nav>", index.index('id="quarto-sidebar"'))]
+    assert not [n for n in names if f'{n}"' not in sidebar]
+
+def test_no_link_anchor_or_image_is_broken(site, pages):
+    broken = []
+    for path, page in pages.items():
+        for ref in page.refs:
+            url = urlsplit(ref)
+            if ref.startswith(CODE):
+                module, line = unquote(url.path.split(f"/blob/{CFG.branch}/")[1]), url.fragment
+                if not (ROOT/module).exists() or (line and int(line.lstrip("L")) not in lines_of(module)): broken.append((path.name, ref))
+            if url.scheme or url.netloc: continue
+            target = (path.parent/unquote(url.path)).resolve() if url.path else path
+            if not target.exists() or (url.fragment and target in pages and unquote(url.fragment) not in pages[target].anchors): broken.append((path.name, ref))
+    assert not broken
+
+def test_no_page_asks_another_server(site, pages):
+    assert not {(path.name, load) for path, page in pages.items() for load in page.loads if urlsplit(load).netloc}
+    assert not [css.name for css in site.rglob("*.css") if re.search(r"@import\s+url\(.?https?:", css.read_text(encoding="utf-8"))]
+
+def test_a_function_has_its_signature_its_docments_and_its_source(site):
+    page = re.sub(r"<[^>]*>", "", (site/"losses.acl.html").read_text(encoding="utf-8"))
+    for text in ("acl_loss", "temperature:float=0.1", "# [B] in 0..C-1", "source"): assert text in page, text
+    everything = "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html"))
+    assert "[`" not in re.sub(r"<[^>]*>", "", everything) and "\\(" not in re.sub(r"(?s)<(pre|code|script).*?</\1>", "", everything)        # no raw links, no raw formulas
+    assert everything.count("<math") > 200
+
+@needs_browser
+def test_every_page_opens_with_its_figures_drawn(site, pages):
+    handler = partial(type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}), directory=str(site))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    errors, bare, home = [], [], f"http://127.0.0.1:{server.server_port}"
+    drawn = "[...document.querySelectorAll('.plotly-graph-div')].filter(g => !g.querySelector('.main-svg') || !g.querySelector('.trace, .point, image, .heatmaplayer *, path.js-line'))"
+    with browser() as chromium:
+        page, outside = new_page(chromium, home)
+        page.on("console", lambda m: errors.append((page.url, m.text)) if m.type == "error" else None)
+        page.on("pageerror", lambda e: errors.append((page.url, str(e))))
+        for path in sorted(pages):
+            page.goto(f"{home}/{path.relative_to(site)}", wait_until="load")
+            bare += [(path.name, figure) for figure in page.evaluate(f"{drawn}.map(g => g.id)")]
+        page.goto(f"{home}/tutorials/gradient_balance.html", wait_until="load")
+        moved = page.evaluate("async () => { const g = document.querySelector('.plotly-graph-div'), y = () => JSON.stringify(g.data[0].y), before = y(); const s = g.layout.sliders[0].steps[3]; await Plotly.update(g, ...s.args); return before != y() }")
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS/"site.png")
+        page.set_viewport_size({"width": 390, "height": 800})
+        wide = page.evaluate("document.documentElement.scrollWidth")
+    server.shutdown()
+    assert not errors and not bare and not outside and moved and wide <= 390
