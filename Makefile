@@ -53,7 +53,7 @@ docs: $(NEEDS) ## the site, in _docs/
 readme: $(NEEDS) ## README.md from nbs/index.ipynb
 	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" nbdev_readme
 
-EXECUTE = for nb in $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && $(BIN)/nbdev_clean
+EXECUTE = for nb in $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --coalesce-streams --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && $(BIN)/nbdev_clean
 
 outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
 	$(BIN)/nbdev_export

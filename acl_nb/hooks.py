@@ -50,9 +50,10 @@ class Progress:
         self.started, self.before = time.monotonic(), run.step
         self.say(f"{'epoch':>9}{'loss':>9}{'all':>9}{'many':>9}{'medium':>9}{'few':>9}")
 
-# %% ../nbs/41_hooks.ipynb #b0f57391
+# %% ../nbs/41_hooks.ipynb #81300e10
 @patch
 def after_step(self:Progress, run): # the `Training`; the bar moves
+    "Move the bar."
     if self.bar is None:
         name = f"epoch {run.epoch + 1}/{run.parts.recipe.epochs}"
         self.bar = tqdm(total=run.parts.steps, initial=(run.step - 1) % run.parts.steps, desc=name, unit="step", disable=True if self.quiet else None, leave=False, dynamic_ncols=True)
@@ -62,9 +63,10 @@ def after_step(self:Progress, run): # the `Training`; the bar moves
         self.bar.set_postfix(loss=f"{run.values[0]:.3f}", accuracy=self.accuracy, run=left, refresh=False)
     self.bar.update()
 
-# %% ../nbs/41_hooks.ipynb #821a1113
+# %% ../nbs/41_hooks.ipynb #e4b0110c
 @patch
 def after_epoch(self:Progress, run): # the `Training`; a line of the table
+    "Print a line of the table."
     if self.bar is not None: self.bar.close()
     row, epochs, self.bar = run.history[-1], run.parts.recipe.epochs, None
     self.accuracy = percent(row["top1"]) if "top1" in row else self.accuracy
@@ -159,9 +161,10 @@ class Saver:
         self.save(run)
         if code > 1: raise Stopped(code)
 
-# %% ../nbs/41_hooks.ipynb #18ab787f
+# %% ../nbs/41_hooks.ipynb #4835dc9e
 @patch
 def save(self:Saver, run): # the `Training`, as it is
+    "Write a checkpoint of the run as it is."
     if not run.parts.is_finite(): raise Diverged("weights or their momenta are no longer numbers")
     random = gather_objects(random_state())
     hooks = {name: h.state_dict() for name, h in zip(hook_names(run.hooks), run.hooks) if hasattr(h, "state_dict")}
@@ -170,13 +173,15 @@ def save(self:Saver, run): # the `Training`, as it is
 
 def _write_history(out, history): write_text(out/"history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
-# %% ../nbs/41_hooks.ipynb #7a847cb3
+# %% ../nbs/41_hooks.ipynb #3ee5b6fb
 @patch
 def begin(self:Saver, run): # the `Training`; one killed between checkpoint and history lacks the last line
+    "Write the history that a checkpoint holds."
     if rank() == 0 and run.history: _write_history(self.out, run.history)
 
 @patch
 def after_epoch(self:Saver, run): # the `Training`
+    "Write checkpoint and history; stop if told to."
     self.save(run)
     if rank() == 0: _write_history(self.out, run.history)
     if (code := self._vote()) > 1: raise Stopped(code)
@@ -188,9 +193,10 @@ def _summary(recipe, history, scores):
     return {**scores, "best_top1": best["top1"], "best_epoch": best["epoch"], "last5_top1": sum(last5) / len(last5), "epochs": len(history),
             "seconds": round(sum(row["seconds"] for row in history), 2), "seed": recipe.seed, "loss": recipe.loss, "views": recipe.views, "recipe": recipe.name}
 
-# %% ../nbs/41_hooks.ipynb #19c074cb
+# %% ../nbs/41_hooks.ipynb #80ee862f
 @patch
 def finish(self:Saver, run): # the `Training`, done
+    "Write network, predictions, summary and report."
     if rank() > 0: return
     save_network(run.tested, self.out/"model.safetensors")
     write_predictions(run.predictions, self.out/"predictions.npz")

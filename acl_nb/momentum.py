@@ -70,10 +70,11 @@ class MomentumCopy(nn.Module):
         self.module, self.momentum = deepcopy(module).requires_grad_(False), momentum
         self.training = module.training
 
-# %% ../nbs/22_momentum.ipynb #e8f700fd
+# %% ../nbs/22_momentum.ipynb #27fe1065
 @patch
 @torch.no_grad()
 def forward(self:MomentumCopy, *args, **kwargs): # those of the module -> what the module returns, without gradient
+    "What the copy makes of an input, without gradient."
     return self.module(*args, **kwargs)
 
 # %% ../nbs/22_momentum.ipynb #32c887ad

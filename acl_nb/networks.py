@@ -60,18 +60,20 @@ class Network(nn.Module):
         by_means = readout == "centers" and centers == "none"
         self.register_buffer("means", torch.zeros(n_classes, dim) if by_means else None)     # [C, D], for `set_means`
 
-# %% ../nbs/23_networks.ipynb #8f8741f6
+# %% ../nbs/23_networks.ipynb #57c23600
 @patch
 def forward(self:Network, images): # [B, V, channels, H, W] -> Output
+    "What training needs of each view."
     features = self.encoder(images.flatten(0, 1))
     with torch.autocast(images.device.type, enabled=False):
         features = features.to(self.classifier.weight.dtype)
         z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
         return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
 
-# %% ../nbs/23_networks.ipynb #253a14aa
+# %% ../nbs/23_networks.ipynb #e3b0a092
 @patch
 def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
+    "Logits of each image, by classifier or by nearest centre."
     features = self.encoder(images)
     if self.settings["readout"] == "classifier": return self.classifier(features)
     centers = self.means if self.centers is None else self.centers(self.classifier.weight)
@@ -79,6 +81,7 @@ def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
 
 @patch
 def embed(self:Network, images): # [B, channels, H, W] -> [B, D], unit length
+    "Embedding of each image."
     return self.head(self.encoder(images))
 
 # %% ../nbs/23_networks.ipynb #098ebd1c

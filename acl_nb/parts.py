@@ -166,28 +166,32 @@ def _learning(self:Parts, bare):
     self.optimizer = _build_optimizer(r, bare)
     self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.setup["precision"] == "fp16")
 
-# %% ../nbs/41_parts.ipynb #ae517f96
+# %% ../nbs/41_parts.ipynb #85e975e8
 @patch(as_prop=True)
 def steps(self:Parts): # of an epoch; the last one may average fewer batches than `accumulate`
+    "Steps of an epoch."
     return -(-len(self.batches) // self.recipe.accumulate)
 
 @patch
 def lr(self:Parts,
     step:int,  # of the run, 0, 1, …
 ):             # learning rate of that step
+    "Learning rate of a step."
     r, total = self.recipe, self.recipe.epochs * self.steps
     return r.lr * lr_factor(min(step, total - 1), total, r.schedule, r.warmup)
 
-# %% ../nbs/41_parts.ipynb #f45aee45
+# %% ../nbs/41_parts.ipynb #fbe7ce52
 @patch
 def objective_at(self:Parts,
     epoch:int,  # 0, 1, …
 ):              # the `Objective` of that epoch
+    "The loss of an epoch."
     return self.objective if self.late is None or epoch / self.recipe.epochs < self.recipe.drw else self.late
 
-# %% ../nbs/41_parts.ipynb #0754f699
+# %% ../nbs/41_parts.ipynb #94a5ac3e
 @patch
 def half(self:Parts): # context: the encoder in the setup's precision
+    "Compute the encoder in the precision of the setup."
     dtype = _DTYPES[self.setup["precision"]]
     return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -195,6 +199,7 @@ def half(self:Parts): # context: the encoder in the setup's precision
 def together(self:Parts,
     last:bool,  # batch of the step?
 ):              # context: gradients of all processes are averaged after the last one
+    "Average gradients over processes at the last batch of a step."
     return nullcontext() if last else self.accelerator.no_sync(self.network)
 
 # %% ../nbs/41_parts.ipynb #f66e997d
@@ -203,19 +208,22 @@ _STATEFUL = {"network": "bare", "optimizer": "optimizer", "scaler": "scaler", "c
 @patch
 def _stateful(self:Parts): return {name: part for name, attr in _STATEFUL.items() if (part := getattr(self, attr)) is not None}
 
-# %% ../nbs/41_parts.ipynb #8ade2220
+# %% ../nbs/41_parts.ipynb #2083a44e
 @patch
 def state_dict(self:Parts): # tensors and plain values
+    "State of whatever learns."
     return {name: part.state_dict() for name, part in self._stateful().items()}
 
 @patch
 def load_state_dict(self:Parts,
     state:dict,  # of `state_dict`
 ):
+    "Take over a state."
     for name, part in self._stateful().items():
         if state[name]: part.load_state_dict(state[name])       # without fp16 the scaler has none
 
 @patch
 def is_finite(self:Parts): # are all weights, running statistics and momenta numbers?
+    "Are all weights, running statistics and momenta numbers?"
     momenta = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     return all(t.isfinite().all() for t in [*self.bare.state_dict().values(), *momenta])

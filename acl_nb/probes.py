@@ -79,18 +79,23 @@ def measure(self:Probe,
         self.sums[k] = self.sums.get(k, 0) + v.cpu().double()
     self.steps += 1
 
-# %% ../nbs/41_probes.ipynb #e2cde649
+# %% ../nbs/41_probes.ipynb #cd0c8e88
 def _rounded(x): return [_rounded(v) for v in x] if isinstance(x, list) else float(f"{x:.6g}")
 
 @patch
 def after_epoch(self:Probe, run): # the `Training`; before it is saved
+    "Write the means of the epoch into its line of the history."
     if self.steps: run.history[-1]["balance"] = {**{k: _rounded((v / self.steps).tolist()) for k, v in self.sums.items()}, "steps": self.steps}
     self.sums, self.steps = {}, 0
 
 @patch
-def state_dict(self:Probe): return {"sums": self.sums, "steps": self.steps}
+def state_dict(self:Probe):
+    "Sums of the epoch so far."
+    return {"sums": self.sums, "steps": self.steps}
 
 @patch
 def load_state_dict(self:Probe,
     state:dict,  # of `state_dict`
-): self.sums, self.steps = dict(state["sums"]), state["steps"]
+):
+    "Go on summing."
+    self.sums, self.steps = dict(state["sums"]), state["steps"]

@@ -99,23 +99,29 @@ class Run:
     env     = property(lambda self: self._json("env.json"), doc="Environment and data, as a dict.")
     summary = property(lambda self: self._json("summary.json"), doc="Results, as a dict; None while the run goes on.")
 
-# %% ../nbs/32_records.ipynb #944bcca4
+# %% ../nbs/32_records.ipynb #2916427d
 @patch(as_prop=True)
 def history(self:Run): # list of dicts, one an epoch
+    "What the run wrote of each epoch."
     path = self.path/"history.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 @patch(as_prop=True)
-def finished(self:Run): return self.summary is not None and (self.path/"report.html").is_file()    # the report is the last file written
+def finished(self:Run):
+    "Is the run done?"
+    return self.summary is not None and (self.path/"report.html").is_file()    # the report is the last file written
 
 @patch(as_prop=True)
 def predictions(self:Run): # labels, predicted, confidence, each [n]; None where there are none
+    "What the last test predicted."
     path = self.path/"predictions.npz"
     try: return {k: torch.from_numpy(v) for k, v in numpy.load(path).items()} if path.is_file() else None
     except (ValueError, OSError, zipfile.BadZipFile) as e: raise BadInput(f"{path} must be readable predictions: {e}") from None
 
 @patch(as_prop=True)
-def network(self:Run): return load_network(self.path/"model.safetensors")
+def network(self:Run):
+    "The trained network."
+    return load_network(self.path/"model.safetensors")
 
 # %% ../nbs/32_records.ipynb #e4583864
 @patch

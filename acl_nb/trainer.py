@@ -74,9 +74,10 @@ class Training:
     def tell(self, event): # "begin", "after_step", …
         for hook in self.hooks: getattr(hook, event, lambda run: None)(self)
 
-# %% ../nbs/42_trainer.ipynb #f6cb459b
+# %% ../nbs/42_trainer.ipynb #82f7214d
 @patch
 def state_dict(self:Training):
+    "All that a checkpoint needs to go on from here."
     own = {k: getattr(self, k) for k in ("step", "sums", "history", "scores", "predictions")}
     return {**own, "parts": self.parts.state_dict(), "seconds": time.perf_counter() - self.clock, "setup": self.parts.setup,
             "run": fingerprint(self.parts.recipe)}
@@ -85,15 +86,17 @@ def state_dict(self:Training):
 def load_state_dict(self:Training,
     state:dict,  # of a checkpoint
 ):
+    "Go on from a checkpoint."
     for k in ("epoch", "batch", "step", "sums", "history", "scores", "predictions", "seconds"): setattr(self, k, state[k])
     self.parts.load_state_dict(state["parts"])
     for name, hook in zip(hook_names(self.hooks), self.hooks):
         if name in state["hooks"]: hook.load_state_dict(state["hooks"][name])
     if rank() < len(state["random"]): set_random_state(state["random"][rank()])
 
-# %% ../nbs/42_trainer.ipynb #6631261b
+# %% ../nbs/42_trainer.ipynb #30f23af3
 @patch
 def gradients(self:Training, batches): # a list -> mean losses by name; the gradients are in the weights
+    "Forward and backward of the batches of one step."
     p, means = self.parts, {}
     p.optimizer.zero_grad(set_to_none=True)
     for i, batch in enumerate(batches):
@@ -105,9 +108,10 @@ def gradients(self:Training, batches): # a list -> mean losses by name; the grad
     p.scaler.unscale_(p.optimizer)
     return means
 
-# %% ../nbs/42_trainer.ipynb #0be71e19
+# %% ../nbs/42_trainer.ipynb #409124a8
 @patch
 def train_step(self:Training, batches): # a list of one batch, or of `accumulate`
+    "One step of the optimiser."
     p = self.parts
     for group in p.optimizer.param_groups: group["lr"] = p.lr(self.step)
     means = self.gradients(batches)
@@ -142,17 +146,19 @@ def predict(
     network.train(was_training)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
-# %% ../nbs/42_trainer.ipynb #9d409530
+# %% ../nbs/42_trainer.ipynb #611e3d74
 @patch
 def place_means(self:Training): # of the training images' embeddings, where the network is read out by them
+    "Put class means in place, of the training images' embeddings, where the network is read out by them."
     p = self.parts
     if self.tested.means is None: return
     z, labels = predict(self.tested, cut_where_decoded(p.data.train, p.plain), p.plain, p.device, workers=p.workers, embed=True)
     self.tested.set_means(z.to(p.device), labels.to(p.device))
 
-# %% ../nbs/42_trainer.ipynb #b5e628e2
+# %% ../nbs/42_trainer.ipynb #fca37582
 @patch
 def test(self:Training): # accuracies of the network as it is; the rest stays in `scores` and `predictions`
+    "Test the network as it is."
     p = self.parts
     copy_from_first(self.tested.buffers())                  # running statistics are each process's own
     self.place_means()
@@ -163,14 +169,16 @@ def test(self:Training): # accuracies of the network as it is; the rest stays in
 
 @patch
 def epoch_row(self:Training): # a line of the history, at the end of an epoch
+    "The line of the history for the epoch that ends."
     r = self.parts.recipe
     tested = self.test() if self.epoch >= r.epochs - 5 or (self.epoch + 1) % r.test_every == 0 else {}
     return {"epoch": self.epoch + 1, "lr": self.parts.lr(self.epoch * self.parts.steps), **{k: v / self.batch for k, v in self.sums.items()},
             **tested, "seconds": time.perf_counter() - self.clock}
 
-# %% ../nbs/42_trainer.ipynb #479cb32b
+# %% ../nbs/42_trainer.ipynb #07f0a969
 @patch
 def to_come(self:Training): # the batches of each step that is left in this epoch
+    "What is left of this epoch, step by step."
     p = self.parts
     p.network.train()
     p.batches.epoch, p.batches.start = self.epoch, self.batch
@@ -178,9 +186,10 @@ def to_come(self:Training): # the batches of each step that is left in this epoc
     batches = iter(p.loader)
     while group := list(islice(batches, p.recipe.accumulate)): yield group
 
-# %% ../nbs/42_trainer.ipynb #cc4b3793
+# %% ../nbs/42_trainer.ipynb #64fdcc39
 @patch
 def run(self:Training): # to the end, from wherever it is
+    "Train to the end, from wherever it is."
     self.tell("begin")
     while self.epoch < self.parts.recipe.epochs:
         self.clock = time.perf_counter() - self.seconds

@@ -1,4 +1,4 @@
-"The rendered site: every link, anchor and image leads somewhere; every page opens without an error, its figures drawn."
+"The rendered site and README.md: every link, anchor and image leads somewhere; every page opens without an error, its figures drawn."
 import ast
 import os
 import re
@@ -28,9 +28,13 @@ def site(tmp_path_factory):
     for name in ("settings.ini", "setup.py", "README.md", "_quarto.yml"): shutil.copy(ROOT/name, to)
     for name in ("acl_nb", "nbs", ".ci"): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints"))
     path = f"{to/'.ci/bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["nbdev_docs"], cwd=to, env={**os.environ, "PATH": path, "PYTHONPATH": str(to), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for command in ("nbdev_docs", "nbdev_readme"):                      # the second takes what the first has prepared
+        done = subprocess.run([command], cwd=to, env={**os.environ, "PATH": path, "PYTHONPATH": str(to), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return to/"_docs"
+
+def test_readme_is_made_from_the_index_notebook(site):
+    assert (site.parent/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
 
 class Page(HTMLParser):
     "The anchors of a page, what it refers to, and what it loads."
