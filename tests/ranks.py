@@ -36,5 +36,5 @@ def without_batch_statistics():
     "Batch normalisation sees each process's own images; group normalisation sees one image at a time."
     from unittest.mock import patch
     from torch import nn
-    group = lambda channels: nn.GroupNorm(1, channels)
+    group = lambda channels, **settings: nn.GroupNorm(1, channels)
     with patch.multiple(nn, BatchNorm1d=group, BatchNorm2d=group): yield

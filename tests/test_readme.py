@@ -51,6 +51,9 @@ def run(patch, argv):
         assert parsed.no_python and parsed.training_script == "acl_train"
         script(patch, ["acl_train", *parsed.training_script_args, "--print"])
     elif command == ".": assert args == [".venv/bin/activate"]
+    elif command == "acl_study":                                      # works in the project's folder; nothing is trained
+        assert args == ["--status"]
+        with patch.context() as here: here.chdir(ROOT); script(here, argv)
     else: script(patch, argv)
 
 def test_every_command_runs_in_the_order_printed(new_user, capsys):
