@@ -1,11 +1,18 @@
-"What is built from the repository, and what it must keep to."
+"What is built from the repository, what it must keep to, and the studies' outputs from their results."
+import csv
 import json
+import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
+
+from acl_nb.studies.tables import axis_table, provenance, results_table, select, study_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +37,40 @@ def test_readme_shows_the_recorded_numbers():
         for key in ("top1", "many", "medium", "few"):
             values = [100 * r[key] for name, r in runs.items() if name.split("/")[0] == loss]
             assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values)**.5:.1f}" in next(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
+
+STUDIES = ROOT/"nbs/studies"
+def fashion_tables(rows):
+    parts = [select(rows, readout=readout) for readout in ("centers", "classifier")]
+    return [axis_table(part, "views", value) for part in parts for value in ("top1", "few")] + [axis_table([r for r in parts[0] if "conflict_rate" in r], "views", "conflict_rate")]
+
+TABLES = {"digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables}      # what each study's notebook shows of its results
+
+def texts(name, kind):
+    "What a study's notebook says: its prose, or its stored outputs."
+    cells = json.loads((STUDIES/f"{name}.ipynb").read_text())["cells"]
+    if kind == "prose": return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    return ["".join(o["data"]["text/markdown"]) for c in cells if c["cell_type"] == "code" for o in c["outputs"] if "text/markdown" in o.get("data", {})]
+
+def test_every_study_with_a_notebook_and_results_has_its_tables_compared():
+    assert set(TABLES) == {p.stem for p in STUDIES.glob("*.ipynb")} & {p.stem for p in (STUDIES/"results").glob("*.json")}
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_study_shows_what_is_recorded(name):
+    rows, said = study_rows(STUDIES/f"{name}.json"), "\n".join(texts(name, "outputs"))
+    for expected in [*TABLES[name](rows), provenance(rows)]: assert expected in said, f"{name}.ipynb is older than its results: execute it (`make outputs`)"
+
+def test_published_numbers_are_shown_with_their_source():
+    lines = "\n".join(texts("published", "outputs")).splitlines()
+    for row in csv.DictReader((STUDIES/"published.csv").open()):
+        assert any(f"| {row['method']} | {row['network'] or '?'} | {row['epochs'] or '?'} | {row['top1']} | {row['source']} |" in line for line in lines), row
+
+RESULT = r"\d\d\.\d|± ?\d|[-+−]\d+(\.\d+)? (points|%)"         # an accuracy, an error, a difference: a cell must have computed it
+def results_in(prose): return re.findall(f"({RESULT})", re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)|arXiv \S+", "", prose))
+
+def test_no_study_states_a_result_in_its_prose():
+    assert results_in("75.1 %") and results_in("by ± 2") and results_in("a gain of +3 points") and not results_in("`75.1`, a 95 % interval, τ = 0.1, in 2026-11, 1.5 $75.1$")
+    for path in STUDIES.glob("*.ipynb"):
+        for prose in texts(path.stem, "prose"): assert not results_in(prose), f"{path.name}: {prose}"
 
 def test_every_notebook_is_executed():
     for path in ROOT.glob("nbs/**/*.ipynb"):
