@@ -35,7 +35,7 @@ CENTERS = {"weights": lambda c, d, hidden, dim: CentersFromWeights(d, hidden, di
             "none":    lambda c, d, hidden, dim: None}
 READOUTS = ("classifier", "centers")
 
-# %% ../nbs/23_networks.ipynb #cd17d319
+# %% ../nbs/23_networks.ipynb #7342ab83
 class Network(nn.Module):
     "Encoder with a projection head, a classifier and class centres."
     def __init__(self,
@@ -57,8 +57,7 @@ class Network(nn.Module):
         self.classifier = choose(classifier, CLASSIFIERS, "classifier")(d, n_classes, scale)
         self.centers = choose(centers, CENTERS, "kind of centers")(n_classes, d, hidden, dim)
         choose(readout, dict.fromkeys(READOUTS), "readout")
-        by_means = readout == "centers" and centers == "none"
-        self.register_buffer("means", torch.zeros(n_classes, dim) if by_means else None)     # [C, D], for `set_means`
+        self.register_buffer("means", torch.zeros(n_classes, dim) if readout == "centers" else None)     # [C, D], for `set_means`
 
 # %% ../nbs/23_networks.ipynb #57c23600
 @patch
@@ -70,14 +69,21 @@ def forward(self:Network, images): # [B, V, channels, H, W] -> Output
         z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
         return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
 
-# %% ../nbs/23_networks.ipynb #e3b0a092
+# %% ../nbs/23_networks.ipynb #277f1308
 @patch
 def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
     "Logits of each image, by classifier or by nearest centre."
     features = self.encoder(images)
     if self.settings["readout"] == "classifier": return self.classifier(features)
-    centers = self.means if self.centers is None else self.centers(self.classifier.weight)
-    return self.settings["scale"] * self.head(features) @ centers.T
+    return self.by_centers(self.head(features), self.means if self.centers is None else self.centers(self.classifier.weight))
+
+@patch
+def by_centers(self:Network,
+    z:torch.Tensor,        # [B, D] embeddings
+    centers:torch.Tensor,  # [C, D]
+):                         # [B, C] logits
+    "Scaled cosines between embeddings and centres."
+    return self.settings["scale"] * z @ centers.T
 
 @patch
 def embed(self:Network, images): # [B, channels, H, W] -> [B, D], unit length

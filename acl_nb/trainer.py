@@ -146,7 +146,7 @@ def predict(
     network.train(was_training)
     return all_sum(logits).cpu(), all_sum(labels).cpu()
 
-# %% ../nbs/42_trainer.ipynb #611e3d74
+# %% ../nbs/42_trainer.ipynb #c4cdc5a2
 @patch
 def place_means(self:Training): # of the training images' embeddings, where the network is read out by them
     "Put class means in place, of the training images' embeddings, where the network is read out by them."
@@ -155,7 +155,16 @@ def place_means(self:Training): # of the training images' embeddings, where the 
     z, labels = predict(self.tested, cut_where_decoded(p.data.train, p.plain), p.plain, p.device, workers=p.workers, embed=True)
     self.tested.set_means(z.to(p.device), labels.to(p.device))
 
-# %% ../nbs/42_trainer.ipynb #fca37582
+@patch
+def scores_by_means(self:Training): # {"top1_by_means": .., "many_by_means": .., …}; nothing where there are no means
+    "What the nearest class mean predicts, whether or not there are learnt centres."
+    p = self.parts
+    if self.tested.means is None: return {}
+    z, labels = predict(self.tested, p.test, p.plain, p.device, workers=p.workers, embed=True)
+    scores = evaluate(self.tested.by_centers(z.to(p.device), self.tested.means).cpu(), labels, p.data.counts)
+    return {f"{k}_by_means": scores[k] for k in ("top1", "many", "medium", "few")}
+
+# %% ../nbs/42_trainer.ipynb #2fcb6ae5
 @patch
 def test(self:Training): # accuracies of the network as it is; the rest stays in `scores` and `predictions`
     "Test the network as it is."
@@ -164,7 +173,7 @@ def test(self:Training): # accuracies of the network as it is; the rest stays in
     self.place_means()
     logits, labels = predict(self.tested, p.test, p.plain, p.device, workers=p.workers)
     if not logits.isfinite().all(): raise Diverged("the logits of the test images are no longer numbers")
-    self.scores, self.predictions = evaluate(logits, labels, p.data.counts), predictions(logits, labels)
+    self.scores, self.predictions = evaluate(logits, labels, p.data.counts) | self.scores_by_means(), predictions(logits, labels)
     return {k: self.scores[k] for k in ("top1", "many", "medium", "few")}
 
 @patch

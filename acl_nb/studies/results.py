@@ -20,14 +20,15 @@ from ..records import Run, write_text
 from ..settings import Recipe
 from ..trainer import fit
 
-# %% ../../nbs/54_studies.results.ipynb #fee4a8d7
-_KEPT = ("top1", "many", "medium", "few", "per_class", "ece", "best_top1", "last5_top1", "seconds")
+# %% ../../nbs/54_studies.results.ipynb #4519c56a
+_KEPT = ("top1", "many", "medium", "few", "per_class", "ece", "best_top1", "last5_top1", "seconds",
+         *(f"{k}_by_means" for k in ("top1", "many", "medium", "few")))       # the last four of runs that are read out by centres
 _BALANCE = ("conflict_rate", "attraction", "wrong_way", "repulsion")
 _DATA = ("name", "split", "train", "test", "counts", "sha256")
 
 def _short(x): return [_short(v) for v in x] if isinstance(x, list) else float(f"{x:.5g}") if isinstance(x, float) else x
 
-# %% ../../nbs/54_studies.results.ipynb #6c43be77
+# %% ../../nbs/54_studies.results.ipynb #0a502713
 def settings_of(
     recipe:Recipe,  # of a run
 ) -> dict:          # field -> value; where the files lie is no setting
@@ -45,7 +46,7 @@ def run_result(
     made = {"probe": probe, "recipe": settings_of(recipe), "data": {k: env["data"][k] for k in _DATA}, "environment": {k: v for k, v in env.items() if k != "data"}}
     if diverged: return {"diverged": diverged, **made}
     balance = {k: _short(run.history[-1]["balance"][k]) for k in _BALANCE} if probe else {}
-    return {**{k: _short(run.summary[k]) for k in _KEPT}, **balance, **made}
+    return {**{k: _short(run.summary[k]) for k in _KEPT if k in run.summary}, **balance, **made}
 
 # %% ../../nbs/54_studies.results.ipynb #477873ea
 def train_cell(
