@@ -41,7 +41,7 @@ def test_readme_shows_the_recorded_numbers():
 STUDIES = ROOT/"nbs/studies"
 def fashion_tables(rows):
     parts = [select(rows, readout=readout) for readout in ("centers", "classifier")]
-    return [axis_table(part, "views", value) for part in parts for value in ("top1", "few")] + [axis_table([r for r in parts[0] if "conflict_rate" in r], "views", "conflict_rate")]
+    return [axis_table(part, "views", value) for part in parts for value in ("top1", "few")] + [axis_table(parts[0], "views", value) for value in ("top1_by_means", "few_by_means")] + [axis_table([r for r in parts[0] if "conflict_rate" in r], "views", "conflict_rate")]
 
 TABLES = {"digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables}      # what each study's notebook shows of its results
 

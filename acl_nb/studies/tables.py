@@ -95,8 +95,8 @@ def paired(
     half = float(stdtrit(len(d) - 1, .975)) * stdev(d) / math.sqrt(len(d))
     return Difference(mean(d), mean(d) - half, mean(d) + half, len(d))
 
-# %% ../../nbs/58_studies.tables.ipynb #79e2b214
-NAMES = {"arm": "", "top1": "all classes", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "ece": "calibration error",
+# %% ../../nbs/58_studies.tables.ipynb #c0c5e1c7
+NAMES = {"arm": "", "top1": "all classes", "top1_by_means": "all classes, by class means", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "ece": "calibration error",
          "conflict_rate": "pairs in conflict", "best_top1": "best epoch", "last5_top1": "mean of last five epochs"}
 
 def _values(rows, key): return [*dict.fromkeys(row[key] for row in rows if key in row)]        # in the order of the study
