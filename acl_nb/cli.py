@@ -110,7 +110,7 @@ def _table(rows, left):
 
 def _say(*lines): print(*lines, sep="\n")
 
-# %% ../nbs/51_cli.ipynb #e94385e9
+# %% ../nbs/51_cli.ipynb #99144193
 @call_parse
 @command
 def acl_train(
@@ -125,7 +125,7 @@ def acl_train(
     seed:str=None,       # of weights, batches and views
     data:str=None,       # folder of the data set's files
     out:str=None,        # folder for the run; default: under runs/, named after the recipe and what was changed
-    resume:str="auto",   # auto: go on with this recipe's run if there is one; never: start over; must
+    resume:str="auto",   # auto: go on with this recipe's run if there is one; never: start over; must: refuse when there is none
     save_every:float=300,          # seconds between checkpoints within an epoch
     tensorboard:store_true=False,  # write scalars to OUT/tensorboard too
     workers:int=None,              # processes that load images; default: none for images in memory, else one a CPU, 8 at most

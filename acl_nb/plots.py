@@ -28,7 +28,7 @@ ATTRACTION, REPULSION, WRONG_WAY, NEUTRAL = "#0072B2", "#E69F00", "#D55E00", "#5
 COLOURS = (ATTRACTION, REPULSION, "#009E73", "#CC79A7", NEUTRAL, WRONG_WAY)             # of lines that are compared, in this order
 GROUP_SHADES = {"many": "rgba(0,114,178,.10)", "medium": "rgba(0,158,115,.10)", "few": "rgba(204,121,167,.14)"}
 
-# %% ../nbs/31_plots.ipynb #92472e0f
+# %% ../nbs/31_plots.ipynb #c349d4d0
 def styled(
     fig:go.Figure,   # changed in place
     title:str="",    # short; the sentence around a figure says the rest
@@ -36,7 +36,7 @@ def styled(
 ) -> go.Figure:      # the same
     "Give a figure the look of this package."
     fig.update_layout(template="plotly_white", title=title, height=height, margin=dict(l=60, r=20, t=50 if title else 20, b=50),
-                      font=dict(size=13), legend=dict(orientation="h", y=-60 / height, yanchor="top", x=0))
+                      font=dict(size=13), legend=dict(orientation="h", y=-75 / height, yanchor="top", x=0))     # below the title of the x axis
     return fig
 
 # %% ../nbs/31_plots.ipynb #94bf1f3a
@@ -195,7 +195,7 @@ def plot_per_class(
     fig.update_yaxes(title="test accuracy", tickformat=".0%", range=[0, 1.05]); fig.update_xaxes(title="classes, head → tail")
     return styled(fig, title)
 
-# %% ../nbs/31_plots.ipynb #14bd784d
+# %% ../nbs/31_plots.ipynb #38777d24
 def plot_balance(
     balance:dict,  # of `class_balance`: attraction, wrong_way, repulsion, each [C]; or {loss name: such a dict}
     counts,        # [C] images of each class; gives the order
@@ -216,7 +216,7 @@ def plot_balance(
                                  hovertemplate="%{customdata}: %{y:.1%}<extra>" + name + "</extra>"), 1, column)
     fig.update_xaxes(showticklabels=False).update_yaxes(tickformat=".0%", range=[-1, 1]).update_annotations(font_size=12)
     fig.update_yaxes(title="← pushes · pulls →", col=1)
-    return styled(fig, title, 360).update_layout(barmode="relative", bargap=.1, legend=dict(y=-.22), margin=dict(t=85, b=90))
+    return styled(fig, title, 360).update_layout(barmode="relative", bargap=.1, legend=dict(y=-.32), margin=dict(t=85, b=95))
 
 # %% ../nbs/31_plots.ipynb #1c207bc3
 def _blocks(n, most=100):

@@ -136,12 +136,12 @@ def read_inat_json(
 # %% ../../nbs/03_datasets.lists.ipynb #9b42ddd4
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")   # what torchvision's native decoder reads
 
-# %% ../../nbs/03_datasets.lists.ipynb #8836f689
+# %% ../../nbs/03_datasets.lists.ipynb #9dd37b5c
 def read_folder(
     root,          # what the paths of the list are relative to
     part:str="",   # folder below `root` that holds one folder a class, e.g. "train"
 ) -> ImageList:
-    "List the images of a tree part/CLASS/**/*.jpg."
+    "List the images of a tree `part/CLASS/**/*.jpg`."
     top = Path(root)/part
     require(top.is_dir(), f"{top} must be a folder with one folder of images a class", "no folder")
     classes = sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
