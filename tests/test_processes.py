@@ -20,18 +20,20 @@ from acl_nb.records import Run
 from acl_nb.trainer import Training, fit
 from ranks import finish, start, without_batch_statistics
 
-CASES = [(loss, accumulate, dtype) for loss in LOSSES for accumulate in (1, 2) for dtype in (torch.float32, torch.float64)]
+BY_CENTERS = [("scl", "none"), ("bcl", "free"), ("acl", "weights")]        # without a classifier's loss
+CASES = [(loss, accumulate, dtype, {}) for loss in LOSSES for accumulate in (1, 2) for dtype in (torch.float32, torch.float64)]
+CASES += [(loss, 2, dtype, dict(centers=c, readout="centers")) for loss, c in BY_CENTERS for dtype in (torch.float32, torch.float64)]
 
 def keys(dim, n=30):
     g = torch.Generator().manual_seed(5)
     return F.normalize(torch.randn(n, dim, generator=g), dim=-1), torch.randint(0, 10, (n,), generator=g)
 
-def gradient(loss, accumulate, dtype):
+def gradient(loss, accumulate, dtype, more):
     "Of all weights, after a step of the trainer."
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", accumulate=accumulate, **({"queue": 70} if "paco" in loss else {}))
+        r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", accumulate=accumulate, **more, **({"queue": 70} if "paco" in loss else {}))
         with without_batch_statistics(): training = Training(parts := Parts(r))
         parts.views.dtype = dtype
         if parts.queue is not None: parts.queue.push(*keys(r.dim))
@@ -73,6 +75,9 @@ def cifar10(root, n=24):
 def two_epochs(root, out):
     for loss in LOSSES:
         fit(recipe("cifar10_lt", loss=loss, data=str(root), n_max=8, imbalance=4, views=2, epochs=2, batch_size=16, dim=8, hidden=8), f"{out}/{loss}", quiet=True)
+    for loss, centers in BY_CENTERS:
+        run = fit(recipe("cifar10_lt", loss=loss, data=str(root), n_max=8, imbalance=4, views=2, epochs=1, batch_size=16, dim=8, hidden=8, ema=0.5, centers=centers, readout="centers"), f"{out}/by {centers}", quiet=True)
+        assert 0 <= run.summary["top1_by_means"] <= 1 and (centers != "none" or run.summary["top1_by_means"] == run.summary["top1"])
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_loss_trains_two_epochs_of_a_cifar_archive(tmp_path, world):
