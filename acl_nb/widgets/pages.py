@@ -6,7 +6,7 @@
 __all__ = ['RUN_COLOURS', 'count_numbers', 'count_lines', 'count_figure', 'sample_image', 'views_figure', 'open_runs',
            'run_numbers', 'run_lines', 'run_figure']
 
-# %% ../../nbs/62_widgets.pages.ipynb #b88fb5a6
+# %% ../../nbs/62_widgets.pages.ipynb #0603d410
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_image
 
 from ..checks import choose, require
 from ..counts import class_counts, shot_groups
-from ..plots import ATTRACTION, GROUP_SHADES, NEUTRAL, REPULSION, WRONG_WAY, plot_images, show, styled
+from ..plots import ATTRACTION, GROUP_SHADES, LOG_TICKS, NEUTRAL, REPULSION, WRONG_WAY, plot_images, show, styled
 from ..records import Run
 from ..views import ViewPipeline
 from ..views.policies import POLICIES
@@ -60,7 +60,7 @@ def count_lines(
     lines = [{"x": x, "y": n["counts"].tolist(), "customdata": text}, {"x": x, "y": n["keys"].tolist(), "customdata": text}, {"x": x, "y": (n["keys"] + 1).tolist(), "customdata": text}]
     return lines, head, _group_shapes(n["groups"])
 
-# %% ../../nbs/62_widgets.pages.ipynb #91ef5003
+# %% ../../nbs/62_widgets.pages.ipynb #fb7641be
 def count_figure(
     over:str=None,    # an argument of `count_numbers` that becomes the page's slider
     values:tuple=(),  # its positions
@@ -75,7 +75,7 @@ def count_figure(
     fig.add_trace(go.Bar(**counts, marker_color=NEUTRAL, name="training images", hovertemplate=hover + "images</extra>"), 1, 1)
     fig.add_trace(go.Scatter(**keys, line_color=REPULSION, name="keys in a batch", hovertemplate=hover + "keys</extra>"), 2, 1)
     fig.add_trace(go.Scatter(**joined, line=dict(color=ATTRACTION, dash="dash"), name="with its centre", hovertemplate=hover + "with its centre</extra>"), 2, 1)
-    styled(fig, height=500).update_layout(shapes=shapes, bargap=.1, margin_t=80, legend_y=-.13).update_yaxes(type="log", dtick=1).update_annotations(font_size=14)
+    styled(fig, height=500).update_layout(shapes=shapes, bargap=.1, margin_t=80, legend_y=-.13).update_yaxes(type="log", tickvals=LOG_TICKS).update_annotations(font_size=14)
     fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2).update_xaxes(title="classes, head → tail", row=2)
     return _slider(fig, over, values, [({k: [l[k] for l in ls] for k in ("x", "y", "customdata")}, {"annotations[0].text": h, "shapes": s}) for ls, h, s in states]) if over else fig
 
