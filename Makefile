@@ -48,10 +48,10 @@ lab: $(NEEDS) ## JupyterLab on the notebooks
 
 docs: $(NEEDS) ## the site, in _docs/
 	rm -rf _docs _proc
-	PATH="$(SITE)$(BIN):$$PATH" nbdev_docs
+	PATH="$(SITE)$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_docs
 
 readme: $(NEEDS) ## README.md from nbs/index.ipynb
-	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" nbdev_readme
+	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_readme
 
 EXECUTE = for nb in $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --coalesce-streams --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && $(BIN)/nbdev_clean
 

@@ -1,5 +1,6 @@
 "The rendered site and README.md: every link, anchor and image leads somewhere; every page opens without an error, its figures drawn."
 import ast
+import json
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ def site(tmp_path_factory):
     for name in ("acl_nb", "nbs", ".ci"): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints"))
     path = f"{to/'.ci/bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in ("nbdev_docs", "nbdev_readme"):                      # the second takes what the first has prepared
-        done = subprocess.run([command], cwd=to, env={**os.environ, "PATH": path, "PYTHONPATH": str(to), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run([command], cwd=to, env={**os.environ, "PATH": path, "PYTHONPATH": f"{to}{os.pathsep}{to/'.ci'}", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return to/"_docs"
 
@@ -88,6 +89,13 @@ def test_a_function_has_its_signature_its_docments_and_its_source(site):
     everything = "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html"))
     assert "[`" not in re.sub(r"<[^>]*>", "", everything) and "\\(" not in re.sub(r"(?s)<(pre|code|script).*?</\1>", "", everything)        # no raw links, no raw formulas
     assert everything.count("<math") > 200
+
+def test_every_symbol_has_a_readable_signature_and_a_source(site):
+    for notebook in (site.parent/"_proc").glob("*.ipynb"):
+        page, name = (site/re.sub(r"^\d+_", "", notebook.with_suffix(".html").name)).read_text(encoding="utf-8"), notebook.name
+        assert page.count(">source</a>") == sum("echo: false" in (code := "".join(cell["source"])) and "show_doc(" in code for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]), name
+        text = re.sub(r"<[^>]*>", "", page)
+        assert "<strong>call</strong>" not in page and not re.search(r"def [A-Z]\w*\(\s+\*args", text) and "NoneType" not in text, name
 
 @needs_browser
 def test_every_page_opens_with_its_figures_drawn(site, pages):
