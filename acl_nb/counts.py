@@ -79,7 +79,7 @@ def shot_groups(
 def log_prior(
     counts,               # [C] training images of each class, each at least 1
     dtype=torch.float32,  # of the result
-) -> torch.Tensor:        # [C], log n_j/Σn
+) -> torch.Tensor:        # [C], log(n_j / Σn)
     "Log of the class frequencies (Menon et al. 2021; Ren et al. 2020, balanced softmax)."
     n = torch.as_tensor(counts).cpu().double()     # not every device has float64
     require(n.ndim == 1 and n.numel() > 0, "`counts` must be a list of class counts", f"shape {tuple(n.shape)}")

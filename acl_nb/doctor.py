@@ -219,15 +219,16 @@ def step_rate(
     if time.perf_counter() - began > seconds: return len(batch[1]) / (time.perf_counter() - began)
     return _rate(lambda: run.train_step([batch]), len(batch[1]), seconds)
 
-# %% ../nbs/53_doctor.ipynb #4e762e69
+# %% ../nbs/53_doctor.ipynb #e1351e28
 def hours(
-    r:Recipe,      # epochs and views
+    r:Recipe,      # epochs, views and tests
     n_train:int,   # images of an epoch
-    n_test:int,    # images of a test, one an epoch
+    n_test:int,    # images of a test
     rate:float,    # images a second, of `step_rate`
 ) -> float:
     "Expected length of a run on this machine."
-    return r.epochs * (n_train + n_test / (3 * r.views)) / rate / 3600
+    tests = sum(e > r.epochs - 5 or e % r.test_every == 0 for e in range(1, r.epochs + 1))       # as the trainer does it
+    return (r.epochs * n_train + tests * n_test / (3 * r.views)) / rate / 3600
 
 # %% ../nbs/53_doctor.ipynb #fa4205e6
 def _as_time(hours): return f"{3600 * hours:.0f} s" if hours < .02 else f"{60 * hours:.0f} minutes" if hours < 2 else f"{hours:.0f} hours" if hours < 72 else f"{hours / 24:,.0f} days"
