@@ -53,7 +53,10 @@ docs: $(NEEDS) ## the site, in _docs/
 readme: $(NEEDS) ## README.md from nbs/index.ipynb
 	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_readme
 
-EXECUTE = for nb in $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort); do ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace --coalesce-streams --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && $(BIN)/nbdev_clean
+NOTEBOOKS = $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+CONVERT = ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --inplace
+EXECUTE = for nb in $(NOTEBOOKS); do $(CONVERT) --execute --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && \
+	$(CONVERT) --coalesce-streams $(NOTEBOOKS) && $(BIN)/nbdev_clean        # what is printed in pieces is one output, whatever the timing
 
 outputs: $(NEEDS) ## execute every notebook anew and keep its outputs
 	$(BIN)/nbdev_export

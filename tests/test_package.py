@@ -39,11 +39,19 @@ def test_readme_shows_the_recorded_numbers():
             assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values)**.5:.1f}" in next(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
 
 STUDIES = ROOT/"nbs/studies"
+BOTH = ("top1_by_means", "few_by_means", "top1", "few", "conflict_rate")        # of what is read out by centres
+
 def fashion_tables(rows):
     parts = [select(rows, readout=readout) for readout in ("centers", "classifier")]
     return [axis_table(part, "views", value) for part in parts for value in ("top1", "few")] + [axis_table(parts[0], "views", value) for value in ("top1_by_means", "few_by_means")] + [axis_table([r for r in parts[0] if "conflict_rate" in r], "views", "conflict_rate")]
 
-TABLES = {"digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables}      # what each study's notebook shows of its results
+TABLES = {      # what each study's notebook shows of its results
+    "digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables,
+    "fashion_ablation": lambda rows: [results_table(select(rows, readout="centers"), BOTH, ("aligned", "centers", "negatives"))],
+    "fashion_peers": lambda rows: [axis_table(rows, "imbalance", value) for value in ("top1", "few")],
+    "fashion_sensitivity": lambda rows: [axis_table(rows, axis, value) for axis in ("weight", "temperature", "batch_size", "negatives") for value in ("top1", "few")],
+    "glyphs_views": lambda rows: [results_table(part, BOTH if part[0]["readout"] == "centers" else ("top1", "many", "medium", "few"))
+                                  for V in {r["views"] for r in rows} for kind in ("centers", "classifier") if (part := select(rows, readout=kind, views=V))]}
 
 def texts(name, kind):
     "What a study's notebook says: its prose, or its stored outputs."

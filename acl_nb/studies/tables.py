@@ -135,17 +135,17 @@ def results_table(
     body = [[*("–" if v is None else str(v) for v in at), *(str(estimate([row for row in rows if tuple(row.get(k) for k in down) == at], value)) for value in values)] for at in lines]
     return _markdown([[*(NAMES.get(k, k) for k in down), *(NAMES.get(v, v) for v in values)], *body])
 
-# %% ../../nbs/58_studies.tables.ipynb #b43c588a
+# %% ../../nbs/58_studies.tables.ipynb #ae6fa084
 def differences_table(
     found:dict,  # (line, column) -> a Difference
     head:str,    # of the first column
 ) -> str:
     "Differences in points with their 95 % intervals, as a Markdown table."
     lines, columns, most = *(list(dict.fromkeys(at[i] for at in found)) for i in (0, 1)), max((d.n for d in found.values()), default=0)
-    def cell(d):
+    def _cell(d):
         if not d.n: return "–"
         return f"{100 * d.mean:+.1f}" + (f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})" if d.n > 1 else "") + (f", n = {d.n}" if d.n < most else "")
-    return _markdown([[head, *map(str, columns)], *([str(line), *(cell(found[line, column]) if (line, column) in found else "–" for column in columns)] for line in lines)])
+    return _markdown([[head, *map(str, columns)], *([str(line), *(_cell(found[line, column]) if (line, column) in found else "–" for column in columns)] for line in lines)])
 
 # %% ../../nbs/58_studies.tables.ipynb #9d790ec7
 def axis_table(
