@@ -27,13 +27,14 @@ def study_rows(
     cells = study_cells(study)
     return [{"arm": cells[key].arm, **cells[key].at, "seed": cells[key].seed, **run} for key, run in recorded(study, cells).items()]
 
-# %% ../../nbs/58_studies.tables.ipynb #c55e1e70
+# %% ../../nbs/58_studies.tables.ipynb #402e09d5
 def completeness(
     spec,   # path of a .json file, or a name in nbs/studies
+    **at,   # an axis and its value: of that part alone
 ) -> str:   # a sentence, Markdown
     "How much of a study is recorded."
     study = find_study(spec)
-    cells = study_cells(study)
+    cells = {key: c for key, c in study_cells(study).items() if all(c.at.get(k) == v for k, v in at.items())}
     there, of = recorded(study, cells), {s: [key for key, c in cells.items() if c.seed == s] for s in study.seeds}
     whole = sum(all(key in there for key in keys) for keys in of.values())
     said = f"{len(there)} of {len(cells)} runs are recorded; {whole} of {len(of)} seeds are complete."
@@ -117,8 +118,8 @@ def paired(
     half = float(stdtrit(len(d) - 1, .975)) * stdev(d) / math.sqrt(len(d)) if len(d) > 1 else None
     return Difference(mean(d) if d else None, mean(d) - half if half is not None else None, mean(d) + half if half is not None else None, len(d))
 
-# %% ../../nbs/58_studies.tables.ipynb #c0c5e1c7
-NAMES = {"arm": "", "top1": "all classes", "top1_by_means": "all classes, by class means", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "ece": "calibration error",
+# %% ../../nbs/58_studies.tables.ipynb #6a849683
+NAMES = {"arm": "", "top1": "all classes", "top1_by_means": "all classes, by class means", "many": "many-shot", "medium": "medium-shot", "few": "few-shot", "few_by_means": "few-shot, by class means", "ece": "calibration error",
          "conflict_rate": "pairs in conflict", "best_top1": "best epoch", "last5_top1": "mean of last five epochs"}
 
 def _values(rows, key): return [*dict.fromkeys(row[key] for row in rows if key in row)]        # in the order of the study
