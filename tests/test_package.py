@@ -36,7 +36,9 @@ def test_readme_shows_the_recorded_numbers():
     for loss in {name.split("/")[0] for name in runs}:
         for key in ("top1", "many", "medium", "few"):
             values = [100 * r[key] for name, r in runs.items() if name.split("/")[0] == loss]
-            assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values)**.5:.1f}" in next(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
+            assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values)**.5:.1f}" in "".join(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
+    views = select(study_rows(ROOT/"nbs/studies/fashion_views.json"), readout="centers")
+    assert axis_table([row for row in views if row["arm"] in ("scl", "bcl", "acl", "acl adjusted")], "views", "top1_by_means") in readme
 
 STUDIES = ROOT/"nbs/studies"
 BOTH = ("top1_by_means", "few_by_means", "top1", "few", "conflict_rate")        # of what is read out by centres
@@ -53,6 +55,8 @@ TABLES = {      # what each study's notebook shows of its results
     "glyphs_views": lambda rows: [results_table(part, BOTH if part[0]["readout"] == "centers" else ("top1", "many", "medium", "few"))
                                   for V in {r["views"] for r in rows} for kind in ("centers", "classifier") if (part := select(rows, readout=kind, views=V))]}
 
+RECORDED = {p.stem for p in STUDIES.glob("*.ipynb")} & {p.stem for p in (STUDIES/"results").glob("*.json")}
+
 def texts(name, kind):
     "What a study's notebook says: its prose, or its stored outputs."
     cells = json.loads((STUDIES/f"{name}.ipynb").read_text())["cells"]
@@ -60,9 +64,9 @@ def texts(name, kind):
     return ["".join(o["data"]["text/markdown"]) for c in cells if c["cell_type"] == "code" for o in c["outputs"] if "text/markdown" in o.get("data", {})]
 
 def test_every_study_with_a_notebook_and_results_has_its_tables_compared():
-    assert set(TABLES) == {p.stem for p in STUDIES.glob("*.ipynb")} & {p.stem for p in (STUDIES/"results").glob("*.json")}
+    assert RECORDED <= set(TABLES)
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", sorted(RECORDED))
 def test_a_study_shows_what_is_recorded(name):
     rows, said = study_rows(STUDIES/f"{name}.json"), "\n".join(texts(name, "outputs"))
     for expected in [*TABLES[name](rows), provenance(rows)]: assert expected in said, f"{name}.ipynb is older than its results: execute it (`make outputs`)"
