@@ -17,10 +17,11 @@ def definitions():
     cfg, found = get_config(), {}
     for file in sorted((root := Path(cfg.config_path)).glob(f"{cfg.lib_name}/**/*.py")):
         text = file.read_text(encoding="utf-8")
+        lines = text.splitlines()
         held = [(node, node.name if isinstance(node, ast.ClassDef) else patch_name(node)) for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         held += [(part, f"{name}.{part.name}") for node, name in held if isinstance(node, ast.ClassDef) for part in node.body if isinstance(part, ast.FunctionDef)]
         link = f"{cfg.git_url}/blob/{cfg.branch}/{file.relative_to(root).as_posix()}"
-        for node, names in held: found |= {name: (f"{link}#L{node.lineno}", ast.get_source_segment(text, node)) for name in ([names] if isinstance(names, str) else names)}
+        for node, names in held: found |= {name: (f"{link}#L{node.lineno}", "\n".join(lines[node.lineno - 1:node.end_lineno])) for name in ([names] if isinstance(names, str) else names)}
     return found
 
 def fields(source):
@@ -51,4 +52,6 @@ class Renderer(BasicMarkdownRenderer):
         heading, said = "#" * self.title_level + " " + self.nm.replace("__", r"\_\_"), f"\n\n*{self.docs}*" if self.docs else ""
         link = NbdevLookup().code(self.fn) or self.link
         source = f'[source]({link}){{target="_blank" style="float:right; font-size:smaller"}}\n\n' if link else ""
-        return f"---\n\n{source}{heading}\n\n```python\n{self.signature()}\n```{said}"
+        signature = self.signature()
+        kept = '{.python code-overflow="scroll"}' if signature.startswith("class") else "python"        # fields stand in columns
+        return f"---\n\n{source}{heading}\n\n```{kept}\n{signature}\n```{said}"

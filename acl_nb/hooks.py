@@ -110,7 +110,7 @@ class Ema:
 
 # %% ../nbs/41_hooks.ipynb #2da7f16d
 class Diverged(RuntimeError):
-    "The run computes numbers no more."
+    "What a run computes is infinite or not a number."
     def __init__(self,
         what:str,         # is no number
         made:bool=True,   # was the step made before it was found?

@@ -29,26 +29,30 @@ COLOURS = (ATTRACTION, REPULSION, "#009E73", "#CC79A7", NEUTRAL, WRONG_WAY)     
 GROUP_SHADES = {"many": "rgba(0,114,178,.10)", "medium": "rgba(0,158,115,.10)", "few": "rgba(204,121,167,.14)"}
 LOG_TICKS = [m * 10**k for k in range(-3, 7) for m in (1, 2, 5)]                         # of an axis that may span less than a decade
 
-# %% ../nbs/31_plots.ipynb #c349d4d0
+# %% ../nbs/31_plots.ipynb #8ac81312
 def styled(
     fig:go.Figure,   # changed in place
     title:str="",    # short; the sentence around a figure says the rest
     height:int=340,  # in pixels
 ) -> go.Figure:      # the same
     "Give a figure the look of this package."
-    fig.update_layout(template="plotly_white", title=title, height=height, margin=dict(l=60, r=20, t=50 if title else 20, b=50),
+    fig.update_layout(template="plotly_white", title=title, height=height, margin=dict(l=60, r=20, t=50 if title else 32, b=50),
                       font=dict(size=13), legend=dict(orientation="h", y=-75 / height, yanchor="top", x=0))     # below the title of the x axis
     return fig
 
-# %% ../nbs/31_plots.ipynb #eda953d8
-_WIDE = """<style>.acl-wide{display:none}@media(max-width:700px){.acl-wide{display:block}}</style><div class="acl-wide" style="font-size:.8em;opacity:.7">↔ wider than this screen: scroll it</div>"""
+# %% ../nbs/31_plots.ipynb #39f07c35
+def _hint(width):
+    "HTML that shows itself where there are less than `width` pixels."
+    return (f'<style>@container (max-width: {width - 1}px) {{.acl-{width} {{display: block !important}}}}</style><div style="container-type: inline-size">'
+            f'<div class="acl-{width}" style="display: none; font-size: .8em; opacity: .7">↔ wider than this column: scroll it</div></div>')
 
 def _page(fig):
     "A figure as HTML."
-    name, title, wide = f"figure-{zlib.crc32(fig.to_json().encode())}", fig.layout.title.text, fig.layout.sliders or any(axis.domain and axis.domain[0] > 0 for axis in fig.select_xaxes())
-    fig = go.Figure(fig).update_layout(title=None, margin_t=(fig.layout.margin.t or 80) - 30) if title else fig
+    name, title, panels = f"figure-{zlib.crc32(fig.to_json().encode())}", fig.layout.title.text, fig.layout.sliders or any(axis.domain and axis.domain[0] > 0 for axis in fig.select_xaxes())
+    width = fig.layout.width or (640 if panels else None)
+    fig = go.Figure(fig).update_layout(title=None, margin_t=(fig.layout.margin.t or 80) - 15) if title else fig
     drawn = fig.to_html(full_html=False, include_plotlyjs="plotly.min.js", include_mathjax=False, div_id=name)
-    if wide: drawn = f'{_WIDE}<div style="min-width: 640px">{drawn}</div>'
+    if width: drawn = f'{_hint(int(width))}<div style="min-width: {width}px">{drawn}</div>'
     return f'<div style="font-weight:600; margin-top:.5em">{title}</div>{drawn}' if title else drawn
 
 # %% ../nbs/31_plots.ipynb #983d08e5
@@ -247,7 +251,7 @@ def _block_names(names, most=100):
     edges = [0, *_blocks(len(names), most).bincount().cumsum(0).tolist()]
     return [names[a] if b - a == 1 else f"{names[a]} … {names[b - 1]}" for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/31_plots.ipynb #892d3d3c
+# %% ../nbs/31_plots.ipynb #ba332cb9
 def plot_balance_history(
     history:list,       # one dict an epoch; those of probed epochs have "balance"
     counts,             # [C] training images of each class
@@ -267,7 +271,7 @@ def plot_balance_history(
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.05, row_heights=[.3, .7])
     fig.add_trace(go.Scatter(x=epochs, y=[h["balance"]["conflict_rate"] for h in rows], line=dict(color=WRONG_WAY), hovertemplate="epoch %{x}: %{y:.1%}<extra></extra>"), 1, 1)
     fig.add_trace(go.Heatmap(z=share.mul(1000).round().div(1000).tolist(), x=_block_means(torch.tensor(epochs).double(), 200).round().int().tolist(), y=names, zmin=.5 - most, zmax=.5 + most,
-                             colorscale=[REPULSION, "white", ATTRACTION], colorbar=dict(title="pulls", tickformat=".0%", len=.7, y=.33, thickness=12), hovertemplate="%{y}, epoch %{x}: %{z:.0%}<extra></extra>"), 2, 1)
+                             colorscale=[REPULSION, "#E8E8E8", ATTRACTION], colorbar=dict(title="pulls", tickformat=".0%", len=.7, y=.33, thickness=12), hovertemplate="%{y}, epoch %{x}: %{z:.0%}<extra></extra>"), 2, 1)
     fig.update_yaxes(title="pairs in conflict", tickformat=".0%", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title="classes, tail → head", autorange="reversed", showticklabels=False, row=2, col=1); fig.update_xaxes(title="epoch", tickformat="d", dtick=_step(range(epochs[-1])), row=2, col=1)
     return styled(fig, title, 460).update_layout(showlegend=False)

@@ -126,6 +126,7 @@ def network(self:Run):
 # %% ../nbs/32_records.ipynb #e4583864
 @patch
 def __repr__(self:Run):
+    "A line: what it is a run of, and what came out."
     s = self.summary
     return f"Run({self.path.name}: " + (f"top-1 {s['top1']:.1%}, {s['epochs']} epochs)" if s else "not finished)")
 

@@ -71,8 +71,8 @@ class Experiment(Images):
     loss: str = "acl"               # a key of `LOSSES`
     weight: float = 1.0             # λ, of the contrastive term
     temperature: float = 0.1        # τ
-    aligned: bool = True            # ACL's first switch
-    negatives: str = "batch"        # ACL's third switch: batch | prior | adjusted | none
+    aligned: bool = True            # are positives kept out of each other's denominators? of acl alone
+    negatives: str = "batch"        # weights of the negatives, of acl alone: batch | prior | adjusted | none
     tau: float = 1.0                # strength of the logit adjustment
     alpha: float = 0.05             # PaCo's and GPaCo's weight of a same-class key
     drw: float | None = None        # share of the run after which ldam weighs the classes (deferred re-weighting); None: never

@@ -248,7 +248,7 @@ def _determinism(wanted):
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
-    resume:str="auto",       # auto: go on with this recipe's run if there is one | never: start over | must
+    resume:str="auto",       # auto: go on with this recipe's run if there is one | never: start over | must: there must be one to go on with
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
     tensorboard:bool=False,  # write scalars to out/tensorboard too

@@ -75,7 +75,7 @@ def identity(
 def save_results(
     path,          # of the file; replaced at once or not at all
     question:str,  # of the study
-    base:dict,     # settings that the runs' are compared with
+    base:dict,     # settings; of each run only what differs from them is written
     runs:dict,     # key -> of `run_result`
 ):
     "Write a file of results."
