@@ -160,7 +160,7 @@ def axis_table(
     body = [[str(v), *(str(estimate(select(rows, **{down: v, axis: x}), value)) for x in across)] for v in _values(rows, down)]
     return _markdown([[NAMES.get(down, down), *(f"{axis} = {x}" for x in across)], *body])
 
-# %% ../../nbs/58_studies.tables.ipynb #83b94521
+# %% ../../nbs/58_studies.tables.ipynb #0c93f066
 def plot_axis(
     rows:list,         # of `study_rows`
     axis:str,          # numbers, or names
@@ -175,7 +175,7 @@ def plot_axis(
         look = dict(color=COLOURS[i % len(COLOURS)], dash="solid" if i < len(COLOURS) else "dash")
         fig.add_trace(go.Scatter(x=at, y=[p.mean for p in points], error_y=dict(array=[p.error for p in points], thickness=1), name=arm, mode="lines+markers", line=look,
                                  customdata=[str(p) for p in points], hovertemplate=f"%{{x}}: %{{customdata}}<extra>{arm}</extra>"))
-    fig.update_xaxes(title=axis, tickvals=_values(rows, axis)).update_yaxes(title=NAMES.get(value, value), tickformat=".0%" if value != "ece" else ".1%")
+    fig.update_xaxes(title=axis, tickvals=_values(rows, axis)).update_yaxes(title=NAMES.get(value, value) if value in ("ece", "conflict_rate") else f"accuracy, {NAMES.get(value, value)}", tickformat=".0%" if value != "ece" else ".1%")
     return styled(fig, title)
 
 # %% ../../nbs/58_studies.tables.ipynb #9e64e2ae
