@@ -50,7 +50,8 @@ def fashion_tables(rows):
 TABLES = {      # what each study's notebook shows of its results
     "digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables,
     "fashion_ablation": lambda rows: [results_table(select(rows, readout="centers"), BOTH, ("aligned", "centers", "negatives"))],
-    "fashion_peers": lambda rows: [axis_table(rows, "imbalance", value) for value in ("top1", "few")]}
+    "fashion_peers": lambda rows: [axis_table(rows, "imbalance", value) for value in ("top1", "few")],
+    "fashion_sensitivity": lambda rows: [axis_table(rows, axis, value) for axis in ("weight", "temperature", "batch_size", "negatives") for value in ("top1", "few")]}
 
 RECORDED = {p.stem for p in STUDIES.glob("*.ipynb")} & {p.stem for p in (STUDIES/"results").glob("*.json")}
 
