@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'ACTIONS', 'default_folder', 'command', 'parse_settings', 'report_line', 'resolve', 'acl_train',
            'benchmark_rows', 'check_data', 'glyphs_report', 'acl_data']
 
-# %% ../nbs/51_cli.ipynb #00e4ba5e
+# %% ../nbs/51_cli.ipynb #f8b9435a
 import errno
 import json
 import os
@@ -25,7 +25,7 @@ from .counts import class_counts, shot_groups
 from .datasets import BENCHMARKS, DATASETS, benchmark_files, check_files, fetch_lists, find_list, load_lists
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .hooks import Diverged, Stopped
-from .probes import Probe
+from .probes import PROBED, Probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run, percent
@@ -110,7 +110,7 @@ def _table(rows, left):
 
 def _say(*lines): print(*lines, sep="\n")
 
-# %% ../nbs/51_cli.ipynb #99144193
+# %% ../nbs/51_cli.ipynb #a68f7a5b
 @call_parse
 @command
 def acl_train(
@@ -129,16 +129,21 @@ def acl_train(
     save_every:float=300,          # seconds between checkpoints within an epoch
     tensorboard:store_true=False,  # write scalars to OUT/tensorboard too
     workers:int=None,              # processes that load images; default: none for images in memory, else one a CPU, 8 at most
-    probe:int=0,         # steps between two measurements of the gradient balance; 0: none, 10 is a good choice
+    probe:int=None,      # steps between two measurements of the gradient balance; 0: none; default: 10, where the loss compares pairs
     set:Param("any other fields, as field=value", str, nargs="*", action="extend")=None, # texts "field=value"
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
     if list: return _table(recipe_rows(), 2)
     r, usual = resolve(name, recipe, dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data), set or [])
     if print: return _say(json.dumps(asdict(r), indent=2))
-    _train(r, Path(out) if out else default_folder(r, usual), resume, hooks=[Probe(r, probe)] if probe else [], save_every=save_every, tensorboard=tensorboard, workers=workers)
+    _train(r, Path(out) if out else default_folder(r, usual), resume, hooks=_probes(r, probe), save_every=save_every, tensorboard=tensorboard, workers=workers)
 
-# %% ../nbs/51_cli.ipynb #7e3618b8
+# %% ../nbs/51_cli.ipynb #97a7fdc0
+def _probes(r, every):
+    every = 10 * (r.loss in PROBED) if every is None else every
+    require(every >= 0, "`probe` must be a number of steps, or 0 for none", every)
+    return [Probe(r, every)] if every else []
+
 def _train(r, out, resume, **how):
     "Fit, and say where the results are."
     done = resume != "never" and (out/"recipe.json").is_file() and Run(out).finished

@@ -23,9 +23,10 @@ def flatten_views(
     "Every view becomes an anchor with its image's label."
     return z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
 
-# %% ../nbs/10_pairs.ipynb #f56350c0
+# %% ../nbs/10_pairs.ipynb #cf3cb854
 def _check_batch(z, labels, temperature):
     require(z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
+    require(torch.is_tensor(labels), f"`labels` must be a tensor [B] = [{len(z)}]", type(labels).__name__)
     require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
     require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
     require(not torch.is_tensor(temperature) or not temperature.requires_grad, "`temperature` must be a number; a learnable one gets no gradient here")

@@ -244,7 +244,7 @@ def _determinism(wanted):
     try: yield
     finally: torch.use_deterministic_algorithms(before)
 
-# %% ../nbs/42_trainer.ipynb #f7840b3e
+# %% ../nbs/42_trainer.ipynb #f93ceda8
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
@@ -256,6 +256,7 @@ def fit(
     hooks=(),                # further objects with methods named like events
 ) -> Run:                    # the finished run
     "Train a recipe; its run folder is as in `acl_nb.records`. Seeds the random numbers of Python, numpy and torch."
+    require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
     out, accelerator = Path(out), start_processes()
     going_on = open_folder(recipe, out, resume)
     if going_on and Run(out).finished and recipe.data == Run(out).recipe["data"]: return Run(out)

@@ -89,7 +89,7 @@ def _alone(out):
         except BlockingIOError: raise BadInput(f"{out} must be free; another acl_study is at work in it") from None
         yield
 
-# %% ../../nbs/57_studies.ipynb #9792ddff
+# %% ../../nbs/57_studies.ipynb #22089eb8
 def run_study(
     study,          # of `read_study`
     workers:int=1,  # processes
@@ -99,6 +99,7 @@ def run_study(
 ) -> list:          # keys of runs that failed
     "Train what is missing of a study."
     cells, out = study_cells(study), Path(out or f"runs/studies/{study.name}")
+    require(any(only in key for key in cells), "`only` must be part of a cell's key, such as " + next(iter(cells)), only)
     with _alone(out), tqdm(total=len(cells), desc=study.name, unit="cell", disable=None, dynamic_ncols=True, smoothing=0) as bar:
         recorder, known = _Recorder(study, cells, out, bar), _known(study.results.parent)
         recorder.keep(known)
@@ -153,11 +154,12 @@ def status_line(
     if strange: parts.append(f"{strange} recorded that no cell asks for")
     return f"{study.name}: {', '.join(parts)}{'' if left else ', complete'}"
 
-# %% ../../nbs/57_studies.ipynb #37f5398e
+# %% ../../nbs/57_studies.ipynb #8b6de7c0
 def _say(lines, spec):
     "A line of a study, or of all; one that can't be read yet has its reason."
     if spec is not None: return print(lines(find_study(spec)))
-    for path in sorted(STUDIES.glob("*.json")):
+    require(paths := sorted(STUDIES.glob("*.json")), f"{STUDIES} must hold studies: run this in the project's folder", Path.cwd())
+    for path in paths:
         try: print(lines(read_study(path)))
         except BadInput as e: print(f"{path.stem}: {e}")
 

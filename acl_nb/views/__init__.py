@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['ViewPipeline']
 
-# %% ../../nbs/07_views.ipynb #f443b90a
+# %% ../../nbs/07_views.ipynb #5dd08118
+import inspect
+
 import torch
 from fastcore.basics import patch
 
-from ..checks import choose, require
+from ..checks import BadInput, choose, require
 from .crops import CROP_DRAWS, crop_batch, crop_boxes, crop_image, middle
 from .draws import Draws
 from .policies import POLICIES, Policy
@@ -17,7 +19,7 @@ from .policies import POLICIES, Policy
 # %% ../../nbs/07_views.ipynb #280998c1
 _all_ = ["Draws", "Policy", "POLICIES"]
 
-# %% ../../nbs/07_views.ipynb #100ac87e
+# %% ../../nbs/07_views.ipynb #00cfd945
 class ViewPipeline:
     "V views of a batch: `pipeline(images, ids, epoch)` -> float [B, V, C, size, size]."
     def __init__(self,
@@ -42,7 +44,11 @@ class ViewPipeline:
     @property
     def views(self): return len(self.policies)
 
-def _policy(p): return p if isinstance(p, Policy) else Policy({"own": p}) if callable(p) else choose(p, POLICIES, "policy")
+def _policy(p):
+    if isinstance(p, Policy) or not callable(p): return p if isinstance(p, Policy) else choose(p, POLICIES, "policy")
+    try: inspect.signature(p).bind("images", "draw")
+    except TypeError: raise BadInput(f"a policy of your own must take (images, draw); got {getattr(p, '__name__', p)}{inspect.signature(p)}") from None
+    return Policy({"own": p})
 
 # %% ../../nbs/07_views.ipynb #f506e648
 @patch
