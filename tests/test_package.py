@@ -49,7 +49,8 @@ def fashion_tables(rows):
 
 TABLES = {      # what each study's notebook shows of its results
     "digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables,
-    "fashion_ablation": lambda rows: [results_table(select(rows, readout="centers"), BOTH, ("aligned", "centers", "negatives"))],
+    "fashion_ablation": lambda rows: [results_table(select(rows, readout=readout), values, ("aligned", "centers", "negatives")) for readout, values in (("centers", BOTH), ("classifier", ("top1", "few", "conflict_rate")))],
+    "glyphs": lambda rows: [results_table(select(rows, readout="centers"), BOTH), results_table(select(rows, readout="classifier"))],
     "fashion_peers": lambda rows: [axis_table(rows, "imbalance", value) for value in ("top1", "few")],
     "fashion_sensitivity": lambda rows: [axis_table(rows, axis, value) for axis in ("weight", "temperature", "batch_size", "negatives") for value in ("top1", "few")]}
 
