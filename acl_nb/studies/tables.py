@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'study_rows', 'completeness', 'select', 'head_to_tail', 'Estimate', 'estimate', 'Difference', 'paired',
-           'results_table', 'differences_table', 'axis_table', 'plot_axis', 'provenance']
+           'results_table', 'differences_table', 'shown_differences', 'by_chance', 'axis_table', 'plot_axis',
+           'provenance']
 
 # %% ../../nbs/58_studies.tables.ipynb #1a1e2dea
 import math
@@ -83,13 +84,19 @@ def estimate(
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(mean(values) if values else None, error, len(values), len(rows))
 
-# %% ../../nbs/58_studies.tables.ipynb #da3f1e98
+# %% ../../nbs/58_studies.tables.ipynb #93d1e194
 class Difference(NamedTuple):
     "A difference of two arms, paired by seed."
     mean: float | None  # of the differences; None where no seed has both
     low: float | None   # ends of the 95 % interval; None with less than two pairs
     high: float | None
     n: int              # seeds that both have
+
+    @property
+    def short(self):
+        "In points, with its interval."
+        if self.mean is None: return "–"
+        return f"{100 * self.mean:+.1f}" + (f" ({100 * self.low:+.1f} to {100 * self.high:+.1f})" if self.low is not None else "")
 
     def __str__(self):
         if self.mean is None: return "–"
@@ -136,17 +143,36 @@ def results_table(
     body = [[*("–" if v is None else str(v) for v in at), *(str(estimate([row for row in rows if tuple(row.get(k) for k in down) == at], value)) for value in values)] for at in lines]
     return _markdown([[*(NAMES.get(k, k) for k in down), *(NAMES.get(v, v) for v in values)], *body])
 
-# %% ../../nbs/58_studies.tables.ipynb #ae6fa084
+# %% ../../nbs/58_studies.tables.ipynb #a915771c
 def differences_table(
     found:dict,  # (line, column) -> a Difference
     head:str,    # of the first column
 ) -> str:
     "Differences in points with their 95 % intervals, as a Markdown table."
     lines, columns, most = *(list(dict.fromkeys(at[i] for at in found)) for i in (0, 1)), max((d.n for d in found.values()), default=0)
-    def _cell(d):
-        if not d.n: return "–"
-        return f"{100 * d.mean:+.1f}" + (f" ({100 * d.low:+.1f} to {100 * d.high:+.1f})" if d.n > 1 else "") + (f", n = {d.n}" if d.n < most else "")
+    def _cell(d): return d.short + (f", n = {d.n}" if 0 < d.n < most else "")
     return _markdown([[head, *map(str, columns)], *([str(line), *(_cell(found[line, column]) if (line, column) in found else "–" for column in columns)] for line in lines)])
+
+# %% ../../nbs/58_studies.tables.ipynb #7d843286
+def shown_differences(
+    found:dict,  # (line, column) -> a Difference
+) -> str:        # a line a column
+    "Differences whose interval leaves out zero, as a Markdown list."
+    said = []
+    for column in dict.fromkeys(at[1] for at in found):
+        own = {line: d for (line, at), d in found.items() if at == column and d.n}
+        named = {word: [f"{line} {d.short}" for line, d in own.items() if d.says == word] for word in ("higher", "lower")}
+        rest = len(own) - sum(map(len, named.values()))
+        said.append(f"- *{column[0].upper()}{column[1:]}.* " + "".join(f"**{word.capitalize()}**: {'; '.join(lines)}. " for word, lines in named.items() if lines) + (f"None of {rest} is shown." if rest == len(own) else f"Of {rest} more none is shown." if rest else ""))
+    return "\n".join(said)
+
+def by_chance(
+    *found,  # dicts with a Difference each
+) -> str:    # a sentence or two
+    "How many differences leave out zero, and how many would by chance alone."
+    every = [d for part in found for d in part.values() if d.n > 1]
+    said = f"The tables hold {len(every)} differences with 95 % intervals; {sum(d.says != 'undecided' for d in every)} leave out zero, and by chance alone about {.05 * len(every):.0f} would."
+    return said + " What is not shown is not shown to be nothing: its interval says how large it may be."
 
 # %% ../../nbs/58_studies.tables.ipynb #9d790ec7
 def axis_table(
