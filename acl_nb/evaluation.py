@@ -39,14 +39,14 @@ def _require_same_data(run, data, network):
     then = ((run.env or {}).get("data") or {}).get("sha256", here)
     require(then == here, f"{run.path} must be evaluated on the images it was trained with, SHA-256 {then[:12]}…", f"{here[:12]}…")
 
-# %% ../nbs/52_evaluation.ipynb #1c169ce1
+# %% ../nbs/52_evaluation.ipynb #9875796d
 def open_run(
     path,       # a run folder, or a model.safetensors that lies beside its recipe.json
     data=None,  # folder of the data set's files; None: where the recipe says
 ) -> tuple:     # the `Run`; its `Parts`, with the weights loaded
     "A run made ready for prediction."
     path = Path(path)
-    require(path.is_dir() or path.name.endswith(".safetensors"), "a run folder or its model.safetensors must be named", path)
+    require(not path.is_file() or path.suffix == ".safetensors", "a run folder or its model.safetensors must be named", path)
     weights = path if path.is_file() else path/"model.safetensors"
     run = Run(weights.parent)
     recipe = _recipe(run)

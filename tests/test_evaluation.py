@@ -98,11 +98,13 @@ def test_eval_reproduces_the_summary(tmp_path, probed):
     ("recipe", lambda r: {**r, "imbalance": 2.0}, "must be evaluated on the images it was trained with"),
     ("recipe", lambda r: {**r, "colour": 1}, "must have the fields of this version's recipes, no more and no fewer; got colour"),
     ("summary", None, "a run folder must hold recipe.json"),
-], ids=["another version", "other data", "other fields", "no run"])
+    ("a file", None, "a run folder or its model.safetensors must be named"),
+], ids=["another version", "other data", "other fields", "no run", "a file"])
 def test_eval_refuses_in_one_sentence(tmp_path, monkeypatch, capsys, probed, file, change, said):
     if change:
         folder = shutil.copytree(probed[0].path, tmp_path/"run")
         (folder/f"{file}.json").write_text(json.dumps(change(json.loads((folder/f"{file}.json").read_text()))))
+    elif file == "a file": (tmp_path/"run").touch()
     monkeypatch.setattr(sys, "argv", ["acl_eval", str(tmp_path/"run")])
     with pytest.raises(SystemExit) as exit: runpy.run_path(script("acl_eval", tmp_path), run_name="__main__")
     shown = capsys.readouterr()
