@@ -6,7 +6,6 @@ from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 
-from fastcore.script import Param, store_true
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, patch_name
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -36,9 +35,7 @@ class Renderer(BasicMarkdownRenderer):
         self.attribute = isinstance(sym, property)
         self.link, self.source = definitions().get(self.nm, (None, None))
         for p in self.dm.dm.values():
-            if isinstance(how := p.get("anno"), Param): p.update(anno=how.type or bool, docment=p.get("docment") or how.help)
-            if how is store_true: p["anno"] = bool
-            if how is type(None): p.pop("anno")                  # guessed from the default
+            if p.get("anno") is type(None): p.pop("anno")        # guessed from the default
 
     def signature(self):
         "What stands in the grey box."

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from fastcore.script import Param, call_parse
 from torchvision.io import encode_jpeg
 
 from .checks import BadInput, require
@@ -240,10 +239,10 @@ def _step(r):
     return Verdict("slow" if time > 72 else "ok", f"{rate:,.0f} images a second with {r.views} views of {shape[1]} × {shape[2]}; {r.epochs} epochs in about {_as_time(time)}")
 
 # %% ../nbs/53_doctor.ipynb #79255818
-@call_parse
 @command
 def acl_doctor(
-    name:Param("recipe whose needs to check", str, opt=False, nargs="?")=None, # a key of `RECIPES`; None: the machine alone
+    name:str=None,   # recipe whose needs to check, a key of `RECIPES`; none: the machine alone
+    *,
     data:str=None,   # folder of the data set's files
     loss:str=None,   # of the recipe
 ): # prints

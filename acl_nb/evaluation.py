@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.script import Param, call_parse
 
 import acl_nb
 from .checks import require
@@ -146,13 +145,13 @@ def _lines(result, run, parts, split):
 # %% ../nbs/52_evaluation.ipynb #a6fcf911
 _KINDS = (".npz", ".csv", ".json", ".html")
 
-@call_parse
 @command
 def acl_eval(
-    run:Param("run folder, or a model.safetensors beside its recipe.json", str),  # a path
+    run:str,            # run folder, or a model.safetensors beside its recipe.json
+    *,
     data:str=None,      # folder of the data set's files; default: where the recipe says
     split:str="test",   # test or train
-    out:Param("files to write: predictions as .npz or .csv, all numbers as .json, a page as .html", str, nargs="*", action="extend")=None, # paths
+    out:list=None,      # files to write: predictions as .npz or .csv, all numbers as .json, a page as .html
 ): # prints
     "Evaluate a finished run: accuracy by class and group, confusions, calibration, feature space."
     require(split in ("test", "train"), "`split` must be test or train", split)
@@ -162,4 +161,6 @@ def acl_eval(
     opened, parts = open_run(run, data)
     result = evaluate_run(parts, split)
     print(_lines(result, opened, parts, split))
-    for path in out or []: write_evaluation(result, opened, parts, path, split); print(path)
+    for path in out or []:
+        write_evaluation(result, opened, parts, path, split)
+        print(path)

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import mean
 
 from fastcore.basics import patch
-from fastcore.script import Param, call_parse, store_true
 from tqdm import tqdm
 
 from ..checks import BadInput, require
@@ -170,15 +169,15 @@ def _end(lines, well):
     print(well)
 
 # %% ../../nbs/57_studies.ipynb #37a8e33f
-@call_parse
 @command
 def acl_study(
-    spec:Param("study: a name in nbs/studies, or the path of a .json file", str, opt=False, nargs="?")=None, # None: all, for --list and --status
+    spec:str=None,           # study: a name in nbs/studies, or the path of a .json file; --list and --status take all without one
+    *,
     workers:int=None,        # processes that train; default: one a CPU
     data:str=None,           # folder of the data set's files
     out:str=None,            # folder for the runs; default: runs/studies/NAME
-    list:store_true=False,   # say what the studies ask, and train nothing
-    status:store_true=False, # say how far the studies are, and train nothing
+    list:bool=False,   # say what the studies ask, and train nothing
+    status:bool=False, # say how far the studies are, and train nothing
     check:int=None,          # train so many recorded cells again, compare, and record nothing
     only:str="",             # only cells whose key holds this text
 ): # trains and prints
