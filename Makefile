@@ -5,7 +5,7 @@ NEEDS  := $(CURDIR)/.venv/installed
 SITE   := $(if $(shell command -v quarto),,$(CURDIR)/.ci/bin:)# a stand-in where Quarto is not installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser bench clean-check sync-check lab docs readme outputs outputs-check clean
+.PHONY: help demo test test-browser bench bench-gpu wheels clean-check sync-check lab docs readme outputs outputs-check clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -36,12 +36,21 @@ clean-check: $(NEEDS)
 sync-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_export && diff -r $(SKIP) $(CURDIR)/acl_nb acl_nb || { echo 'acl_nb/ differs from what the notebooks export: edit nbs/, then run nbdev_export'; exit 1; }
 
+PEERS = $(shell sed -n 's/^bench_requirements = //p' settings.ini)
+
 bench: $(NEEDS) ## speed and memory of the losses, the views, a whole step and the explorers, against limits and peers
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps pytorch-metric-learning kornia kornia_rs
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_views.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_step.py
 	OMP_NUM_THREADS=2 $(BIN)/python tests/bench_widgets.py
+
+bench-gpu: ## all that a GPU is to show, into bench/gpu.json; ARGS="--only right,loss" chooses
+	@PYTHON='$(PYTHON)' .ci/bench-gpu $(ARGS)
+
+TARGET = 3.12
+wheels: $(NEEDS) ## into .wheels/: what a machine with torch and no network lacks (make wheels TARGET=3.12)
+	@$(BIN)/python .ci/wheels.py $(TARGET)
 
 lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

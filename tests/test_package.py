@@ -30,6 +30,31 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert "acl_train=acl_nb.cli:acl_train" in entry.replace(" ", "")
 
+def requirements(extra=""):
+    "The projects that settings.ini names."
+    line = re.search(rf"^{extra}requirements = (.*)$", (ROOT/"settings.ini").read_text(), re.M)[1]
+    return [re.match(r"[\w.-]+", r)[0] for r in line.split()]
+
+def test_training_needs_neither_nbdev_nor_jupyter():
+    absent = ["nbdev", "execnb", "ghapi", "IPython", "ipykernel", "jupyterlab", "jupyter_client", "notebook"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import acl_nb.trainer, acl_nb.cli, acl_nb.doctor; print('there')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "there\n", done.stderr
+
+def test_of_fastcore_only_what_its_versions_1_and_2_have_in_common():
+    used = {m for p in (ROOT/"acl_nb").rglob("*.py") for m in re.findall(r"^from (fastcore[\w.]*) import (.+)$", p.read_text(), re.M)}
+    assert used == {("fastcore.basics", "patch"), ("fastcore.docments", "docments")}
+    assert "fastcore" in requirements() and "fastcore<2" not in re.search(r"^requirements = .*$", (ROOT/"settings.ini").read_text(), re.M)[0]
+
+def test_the_wheels_for_a_machine_without_network_are_named_by_the_settings():
+    sys.path.insert(0, str(ROOT/".ci"))
+    try: import wheels
+    finally: sys.path.pop(0)
+    ini = {k: " ".join(requirements(extra)) for k, extra in (("requirements", ""), ("bench_requirements", "bench_"))}
+    package, benches = wheels.wanted(ini)
+    assert set(package) == set(requirements()) - wheels.THERE and wheels.THERE <= set(requirements())
+    assert "pytorch-metric-learning" in benches and "nbdev" not in package
+
 def test_readme_shows_the_recorded_numbers():
     runs = json.loads((ROOT/"nbs/studies/results/digits.json").read_text())["runs"]
     readme = (ROOT/"README.md").read_text()
