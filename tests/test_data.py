@@ -1,4 +1,7 @@
-"The data command: exit codes, one-line errors, lists fetched from a server, a benchmark checked file by file. And every image decoder of this machine."
+"""The data command: exit codes, one-line errors, lists fetched from a server, a benchmark checked file by file.
+
+And the image decoders, each that this machine has: the same pixels, upright, the same refusals.
+"""
 import os
 import runpy
 import subprocess
@@ -7,7 +10,6 @@ import tempfile
 import threading
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +113,8 @@ def test_a_fresh_process_ends_with_2_and_no_traceback(tmp_path):
     r = subprocess.run([sys.executable, "go.py", "fech"], cwd=tmp_path, capture_output=True, text=True)
     assert (r.returncode, r.stdout, r.stderr) == (2, "", "error: unknown action 'fech': did you mean fetch?\n")
 
-PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((70, 50), Image.Resampling.BICUBIC)
+NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+PHOTO = Image.fromarray(NOISE).resize((70, 50), Image.Resampling.BICUBIC)
 UPRIGHT = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1)
 
 @pytest.fixture(params=decoders.available_decoders())
@@ -151,7 +154,8 @@ def test_a_damaged_exif_block_turns_nothing(forced, tmp_path):
 def test_every_mode_becomes_the_rgb_that_pillow_makes(forced, tmp_path):
     grey, alpha = PHOTO.convert("L"), PHOTO.convert("RGBA")
     alpha.putalpha(grey)
-    lossless = {"1": PHOTO.convert("1"), "L": grey, "LA": alpha.convert("LA"), "P": PHOTO.quantize(7), "RGB": PHOTO, "RGBA": alpha}
+    lossless = {"1": PHOTO.convert("1"), "L": grey, "LA": alpha.convert("LA"),
+                "P": PHOTO.quantize(7), "RGB": PHOTO, "RGBA": alpha}
     for mode, image in lossless.items():
         expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         assert torch.equal(read_image(saved(tmp_path/f"{mode}.png", image)), expected), mode
@@ -190,15 +194,18 @@ def test_what_no_decoder_reads(forced, tmp_path):
         (tmp_path/name).write_bytes(data)
         with pytest.raises(BadInput) as refused: read_image(tmp_path/name)
         message = str(refused.value)
-        assert message.startswith(f"{tmp_path/name} must be") and said in message and "\n" not in message and "cpp" not in message
-    with pytest.raises(BadInput, match="gone.jpg must be a readable image: .*No such file"): read_image(tmp_path/"gone.jpg")
+        assert message.startswith(f"{tmp_path/name} must be") and said in message
+        assert "\n" not in message and "cpp" not in message
+    with pytest.raises(BadInput, match="gone.jpg must be a readable image: .*No such file"):
+        read_image(tmp_path/"gone.jpg")
 
 def test_no_warning_of_a_decoder_reaches_the_user(forced, tmp_path):
     saved(tmp_path/"a.jpg", PHOTO)
-    code = "import sys; from acl_nb.datasets.files import read_image; print([list(read_image('a.jpg').shape) for _ in range(2)])"
+    code = "from acl_nb.datasets.files import read_image; print([list(read_image('a.jpg').shape) for _ in range(2)])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for strict in ("always", "error:The image decoding"):
-        r = subprocess.run([sys.executable, "-W", strict, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+        command = [sys.executable, "-W", strict, "-c", code]
+        r = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
         assert (r.returncode, r.stdout) == (0, "[[3, 50, 70], [3, 50, 70]]\n") and "decoding" not in r.stderr
 
 def test_only_one_module_knows_the_deprecated_decoders():
@@ -211,7 +218,8 @@ def test_a_decoder_that_is_not_there_is_refused_and_no_file_blamed(tmp_path, mon
     index = read_folder(tmp_path, "train")
     def missing(): raise OSError("libwebp.so.7: cannot open shared object file")
     monkeypatch.setitem(decoders.DECODERS, "missing", missing)
-    refusals = {"opencv": "must be one of torchcodec, torchvision, pillow", "missing": "`ACL_NB_DECODER=missing` needs missing's image decoders"}
+    refusals = {"opencv": "must be one of torchcodec, torchvision, pillow",
+                "missing": "`ACL_NB_DECODER=missing` needs missing's image decoders"}
     uses = (lambda: ImageFiles(index, tmp_path, on_error="skip"), lambda: check_files(index, tmp_path, decode=True),
             lambda: read_image(tmp_path/"train/emu/1.jpg"))
     for name, said in refusals.items():
