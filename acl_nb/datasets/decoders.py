@@ -62,14 +62,16 @@ def _by_pillow(data, kind):
     pixels = np.array(_upright(picture).convert("RGB"))        # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
-# %% ../../nbs/03_datasets.decoders.ipynb #e60b5d80
+# %% ../../nbs/03_datasets.decoders.ipynb #54d4fc26
+_LEFT_TO_PILLOW = {"WEBP"}                                     # formats that torchvision is not asked for
+
 def _torchvision():
     "A function of (bytes, format)."
     from torchvision.io import ImageReadMode
     operation, rgb, upright = torch.ops.image.decode_image, ImageReadMode.RGB.value, True
 
     def by_torchvision(data, kind):
-        if kind == "WEBP": return _by_pillow(data, kind)
+        if kind in _LEFT_TO_PILLOW: return _by_pillow(data, kind)
         return operation(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb, upright)
     return by_torchvision
 
