@@ -70,22 +70,26 @@ def _torchvision():
     from torchvision.io import ImageReadMode
     operation, rgb, upright = torch.ops.image.decode_image, ImageReadMode.RGB.value, True
 
-    def by_torchvision(data, kind):
+    def _by_torchvision(data, kind):
         if kind in _LEFT_TO_PILLOW: return _by_pillow(data, kind)
         return operation(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb, upright)
-    return by_torchvision
+    return _by_torchvision
 
 # %% ../../nbs/03_datasets.decoders.ipynb #a095698e
 def _torchcodec():
     "A function of (bytes, format)."
     from torchcodec.decoders import decode_image
 
-    def by_torchcodec(data, kind):
+    def _by_torchcodec(data, kind):
         return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
-    return by_torchcodec
+    return _by_torchcodec
 
-# %% ../../nbs/03_datasets.decoders.ipynb #22c7301b
-DECODERS = {"torchcodec": _torchcodec, "torchvision": _torchvision, "pillow": lambda: _by_pillow}    # the best first
+# %% ../../nbs/03_datasets.decoders.ipynb #ae69d682
+DECODERS = {                                                   # the best first
+    "torchcodec": _torchcodec,
+    "torchvision": _torchvision,
+    "pillow": lambda: _by_pillow,
+}
 
 # %% ../../nbs/03_datasets.decoders.ipynb #335abc67
 def _decodes(decoder):
