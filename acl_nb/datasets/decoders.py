@@ -17,15 +17,20 @@ from PIL import Image
 
 from ..checks import BadInput, require
 
-# %% ../../nbs/03_datasets.decoders.ipynb #43612177
-_STARTS = {"JPEG": rb"\xff\xd8\xff", "PNG": rb"\x89PNG", "GIF": rb"GIF8[79]a", "WEBP": rb"(?s:RIFF....WEBP)"}
+# %% ../../nbs/03_datasets.decoders.ipynb #e1d7534c
+_STARTS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG",
+    "GIF": rb"GIF8[79]a",
+    "WEBP": rb"(?s:RIFF....WEBP)",
+}
 
 def _format_of(data):
     "JPEG, PNG, GIF or WEBP, by the first bytes; None for anything else."
     return next((name for name, start in _STARTS.items() if re.match(start, data)), None)
 
-# %% ../../nbs/03_datasets.decoders.ipynb #b7aba002
-_ORIENTATION = 274                                             # the number of the tag
+# %% ../../nbs/03_datasets.decoders.ipynb #8e64fd1e
+_ORIENTATION = 274  # the number of the tag
 _TURN = Image.Transpose
 _TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE,
           6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
@@ -34,17 +39,17 @@ def _upright(picture):
     "The picture as its EXIF block says that it was held."
     exif = Image.Exif()
     try: exif.load(picture.info.get("exif"))
-    except Exception: return picture                           # pillow answers damaged blocks with errors of many kinds
+    except Exception: return picture  # pillow answers damaged blocks with errors of many kinds
     turn = _TURNS.get(exif.get(_ORIENTATION))
     return picture if turn is None else picture.transpose(turn)
 
 # %% ../../nbs/03_datasets.decoders.ipynb #a35dd537
 def _on_background(picture, data):
     "The frame of a GIF on the background colour of its header."
-    entry = 13 + 3 * data[11]                                  # the colour table begins at byte 13; byte 11 is an index
+    entry = 13 + 3 * data[11]  # the colour table begins at byte 13; byte 11 is an index
     has_table = data[10] & 128
     background = tuple(data[entry:entry + 3]) if has_table else (0, 0, 0)
-    box = picture.tile[0].extents                              # a frame may be smaller than the picture
+    box = picture.tile[0].extents  # a frame may be smaller than the picture
     frame = picture.convert("RGBA").crop(box)
     canvas = Image.new("RGB", picture.size, background)
     canvas.paste(frame, box, frame)
@@ -59,11 +64,11 @@ def _by_pillow(data, kind):
     picture = Image.open(BytesIO(data), formats=[kind])
     if kind in ("GIF", "WEBP"): _require_one(picture.n_frames)
     if kind == "GIF": picture = _on_background(picture, data)
-    pixels = np.array(_upright(picture).convert("RGB"))        # [H, W, 3]
+    pixels = np.array(_upright(picture).convert("RGB"))  # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
-# %% ../../nbs/03_datasets.decoders.ipynb #54d4fc26
-_LEFT_TO_PILLOW = {"WEBP"}                                     # formats that torchvision is not asked for
+# %% ../../nbs/03_datasets.decoders.ipynb #1108ad2d
+_LEFT_TO_PILLOW = {"WEBP"}  # formats that torchvision is not asked for
 
 def _torchvision():
     "A function of (bytes, format)."
@@ -84,8 +89,8 @@ def _torchcodec():
         return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
     return _by_torchcodec
 
-# %% ../../nbs/03_datasets.decoders.ipynb #ae69d682
-DECODERS = {                                                   # the best first
+# %% ../../nbs/03_datasets.decoders.ipynb #e232c352
+DECODERS = {  # the best first
     "torchcodec": _torchcodec,
     "torchvision": _torchvision,
     "pillow": lambda: _by_pillow,
@@ -105,11 +110,11 @@ def _decodes(decoder):
 
 @cache
 def _loaded(name):
-    "The function of (bytes, format), or None where the library is missing, does not load or does not decode."
+    "The function of (bytes, format); None where the library is missing or does not work."
     try:
         decoder = DECODERS[name]()
         return decoder if _decodes(decoder) else None
-    except Exception: return None                              # a library that fails to load may raise anything
+    except Exception: return None  # a library that fails to load may raise anything
 
 # %% ../../nbs/03_datasets.decoders.ipynb #7c78fc77
 def available_decoders() -> list: # names, the best first
@@ -122,8 +127,10 @@ def image_decoder() -> str: # a key of `DECODERS`
     asked = os.environ.get("ACL_NB_DECODER")
     if asked is None: return next(name for name in DECODERS if _loaded(name))
     names = ", ".join(DECODERS)
-    require(asked in DECODERS, f"the environment variable `ACL_NB_DECODER` must be one of {names}", repr(asked))
-    require(_loaded(asked), f"`ACL_NB_DECODER={asked}` needs {asked}'s image decoders, and they cannot be loaded here")
+    rule = f"the environment variable `ACL_NB_DECODER` must be one of {names}"
+    require(asked in DECODERS, rule, repr(asked))
+    missing = f"`ACL_NB_DECODER={asked}` needs {asked}'s image decoders, and they cannot be loaded here"
+    require(_loaded(asked), missing)
     return asked
 
 # %% ../../nbs/03_datasets.decoders.ipynb #f5155efc
@@ -132,7 +139,7 @@ def _reason(error):
     lines = str(error).splitlines() or [type(error).__name__]
     return re.sub(r"^\S+, \S+:\d+, ", "", lines[0]).removesuffix(".")
 
-# %% ../../nbs/03_datasets.decoders.ipynb #8a0294a2
+# %% ../../nbs/03_datasets.decoders.ipynb #c3d8e340
 def decode(
     data:bytes,          # of a JPEG, PNG, GIF or WebP file
     name="the file",     # what an error calls it
@@ -148,6 +155,6 @@ def decode(
         image = by_library(data, kind)
         if image.ndim == 4: _require_one(len(image))
     except BadInput as e: raise BadInput(f"{name} {e}") from None
-    except Exception as e:                                     # the libraries raise errors of many kinds
+    except Exception as e:  # the libraries raise errors of many kinds
         raise BadInput(f"{name} must be a readable image: {_reason(e)}") from None
     return image
