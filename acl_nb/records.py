@@ -21,6 +21,7 @@ from fastcore.basics import patch
 
 import acl_nb
 from .checks import BadInput, require
+from .datasets.decoders import image_decoder
 from .losses.matmul import matmul_route
 from .metrics import confusion, reliability
 from .networks import load_network
@@ -78,6 +79,7 @@ def environment() -> dict: # plain values, ready for JSON
     return {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "numpy": numpy.__version__, "platform": platform.platform(),
             "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "matmul": matmul_route(),
+            "decoder": image_decoder(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [_processor()]}
 
 # %% ../nbs/32_records.ipynb #336999b1

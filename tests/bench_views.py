@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import transforms as T
-from torchvision.io import decode_jpeg as decode
 
+from acl_nb.datasets.decoders import decode
 from acl_nb.views import POLICIES, Policy, ViewPipeline
 from acl_nb.views.ops import compile_operations
 from bench_losses import interleaved
@@ -105,7 +105,7 @@ def large_images(rounds, B=8, V=3):
     files = []
     for photo in load_sample_images().images * (B // 2):
         buffer = BytesIO(); Image.fromarray(photo).resize((500, 375)).save(buffer, "JPEG", quality=90)
-        files.append(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
+        files.append(buffer.getvalue())
     for name in ("imagenet_rand", "imagenet_sim", "imagenet_sim_rand"):
         p = ViewPipeline(name, 224, MEAN, STD, views=V)
         photos = [decode(f) for f in files]

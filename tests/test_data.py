@@ -1,4 +1,8 @@
-"The data command: exit codes, one-line errors, lists fetched from a server, a benchmark checked file by file."
+"""The data command: exit codes, one-line errors, lists fetched from a server, a benchmark checked file by file.
+
+And the image decoders, each that this machine has: the same pixels, upright, the same refusals.
+"""
+import os
 import runpy
 import subprocess
 import sys
@@ -8,11 +12,15 @@ from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torchvision.io import write_jpeg
+from PIL import Image
 
-from acl_nb.datasets.lists import BENCHMARKS, git_blob_id
+from acl_nb.checks import BadInput
+from acl_nb.datasets import decoders
+from acl_nb.datasets.files import ImageFiles, check_files, read_image
+from acl_nb.datasets.lists import BENCHMARKS, git_blob_id, read_folder
 
 LISTS = {"train": b"train/a/1.jpg 0\ntrain/b/2.jpg 1\ntrain/a/3.jpg 0\n", "val": b"train/a/4.jpg 0\ntrain/b/5.jpg 1\n", "test": b"val/a/6.jpg 0\nval/b/7.jpg 1\n"}
 
@@ -50,7 +58,7 @@ def images(root):
         for line in content.decode().splitlines():
             path = root/line.split()[0]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8), str(path))
+            Image.new("RGB", (16, 16)).save(path, "JPEG")
 
 BAD = {
     "unknown action": (["fech"], "unknown action 'fech': did you mean fetch?"),
@@ -104,3 +112,129 @@ def test_a_fresh_process_ends_with_2_and_no_traceback(tmp_path):
     (tmp_path/"go.py").write_text(code)
     r = subprocess.run([sys.executable, "go.py", "fech"], cwd=tmp_path, capture_output=True, text=True)
     assert (r.returncode, r.stdout, r.stderr) == (2, "", "error: unknown action 'fech': did you mean fetch?\n")
+
+NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+PHOTO = Image.fromarray(NOISE).resize((70, 50), Image.Resampling.BICUBIC)
+UPRIGHT = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1)
+
+@pytest.fixture(params=decoders.available_decoders())
+def forced(request, monkeypatch):
+    "The environment variable names one of the decoders that work here."
+    monkeypatch.setenv("ACL_NB_DECODER", request.param)
+    decoders.image_decoder.cache_clear()
+    yield request.param
+    decoders.image_decoder.cache_clear()
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+def stored(orientation):
+    "PHOTO as a camera stores it that is held in one of the eight ways, by pillow's own turns undone."
+    turn = Image.Transpose
+    undo = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+            6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
+    exif = Image.Exif()
+    exif[274] = orientation
+    return PHOTO.transpose(undo[orientation]) if orientation in undo else PHOTO, exif
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_comes_upright(forced, orientation, tmp_path):
+    image, exif = stored(orientation)
+    assert torch.equal(read_image(saved(tmp_path/"a.png", image, exif=exif)), UPRIGHT)
+    assert torch.equal(read_image(saved(tmp_path/"a.webp", image, exif=exif, lossless=True)), UPRIGHT)
+    jpeg = read_image(saved(tmp_path/"a.jpg", image, exif=exif, quality=100, subsampling=0))
+    assert jpeg.shape == UPRIGHT.shape and (jpeg.int() - UPRIGHT.int()).abs().max() <= 4
+
+def test_a_damaged_exif_block_turns_nothing(forced, tmp_path):
+    for name in ("a.png", "a.webp"):
+        assert torch.equal(read_image(saved(tmp_path/name, PHOTO, exif=b"Exif\0\0nonsense", lossless=True)), UPRIGHT)
+    assert read_image(saved(tmp_path/"a.jpg", PHOTO, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")).shape == UPRIGHT.shape
+
+def test_every_mode_becomes_the_rgb_that_pillow_makes(forced, tmp_path):
+    grey, alpha = PHOTO.convert("L"), PHOTO.convert("RGBA")
+    alpha.putalpha(grey)
+    lossless = {"1": PHOTO.convert("1"), "L": grey, "LA": alpha.convert("LA"),
+                "P": PHOTO.quantize(7), "RGB": PHOTO, "RGBA": alpha}
+    for mode, image in lossless.items():
+        expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        assert torch.equal(read_image(saved(tmp_path/f"{mode}.png", image)), expected), mode
+    for mode in ("L", "P"):
+        expected = torch.from_numpy(np.array(lossless[mode].convert("RGB"))).permute(2, 0, 1)
+        assert torch.equal(read_image(saved(tmp_path/f"{mode}.gif", lossless[mode])), expected), mode
+    for mode in ("L", "RGB", "CMYK"):
+        path = saved(tmp_path/f"{mode}.jpg", PHOTO.convert(mode))
+        expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+        assert (read_image(path).int() - expected.int()).abs().max() <= 2, mode
+        assert read_image(path, size=32).shape == (3, 32, 32)
+
+def test_what_is_hidden_in_a_gif_is_its_background(forced, tmp_path):
+    image = Image.new("P", (3, 1), 1)
+    image.putpalette([9, 8, 7, 1, 2, 3, 90, 80, 70])
+    image.putpixel((2, 0), 2)
+    path = saved(tmp_path/"a.gif", image, transparency=2, background=0, optimize=False)
+    assert read_image(path)[:, 0].T.tolist() == [[1, 2, 3], [1, 2, 3], [9, 8, 7]]
+
+def test_what_no_decoder_reads(forced, tmp_path):
+    def data_of(name, image, **options): return saved(tmp_path/name, image, **options).read_bytes()
+    deep = Image.fromarray((np.arange(600).reshape(20, 30) * 100).astype(np.uint16))
+    more = {"save_all": True, "append_images": [PHOTO.rotate(90)]}
+    neither = "must be a readable image: it is neither JPEG, PNG, GIF nor WebP"
+    cases = {
+        "cut.jpg": (data_of("a.jpg", PHOTO)[:-30], "truncated"),
+        "half.png": (data_of("b.png", PHOTO)[:60], "must be a readable image: "),
+        "deep.png": (data_of("c.png", deep), "must be one picture of 8 bits a channel; got 16 bits"),
+        "two.gif": (data_of("d.gif", PHOTO, **more), "must be one picture; got 2 frames"),
+        "two.webp": (data_of("e.webp", PHOTO, **more), "must be one picture; got 2 frames"),
+        "none.bmp": (data_of("f.bmp", PHOTO), neither),
+        "text.jpg": (b"<html>404</html>", neither),
+        "empty.jpg": (b"", "must be a readable image: it is empty"),
+    }
+    for name, (data, said) in cases.items():
+        (tmp_path/name).write_bytes(data)
+        with pytest.raises(BadInput) as refused: read_image(tmp_path/name)
+        message = str(refused.value)
+        assert message.startswith(f"{tmp_path/name} must be") and said in message
+        assert "\n" not in message and "cpp" not in message
+    with pytest.raises(BadInput, match="gone.jpg must be a readable image: .*No such file"):
+        read_image(tmp_path/"gone.jpg")
+
+def test_no_warning_of_a_decoder_reaches_the_user(forced, tmp_path):
+    saved(tmp_path/"a.jpg", PHOTO)
+    code = "from acl_nb.datasets.files import read_image; print([list(read_image('a.jpg').shape) for _ in range(2)])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for strict in ("always", "error:The image decoding"):
+        command = [sys.executable, "-W", strict, "-c", code]
+        r = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert (r.returncode, r.stdout) == (0, "[[3, 50, 70], [3, 50, 70]]\n") and "decoding" not in r.stderr
+
+def test_only_one_module_knows_the_deprecated_decoders():
+    package = Path(decoders.__file__).parents[1]
+    assert [p.name for p in package.rglob("*.py") if "torchvision.io" in p.read_text(encoding="utf-8")] == ["decoders.py"]
+
+def test_a_decoder_that_is_not_there_is_refused_and_no_file_blamed(tmp_path, monkeypatch):
+    (tmp_path/"train/emu").mkdir(parents=True)
+    saved(tmp_path/"train/emu/1.jpg", PHOTO)
+    index = read_folder(tmp_path, "train")
+    def missing(): raise OSError("libwebp.so.7: cannot open shared object file")
+    monkeypatch.setitem(decoders.DECODERS, "missing", missing)
+    refusals = {"opencv": "must be one of torchcodec, torchvision, pillow",
+                "missing": "`ACL_NB_DECODER=missing` needs missing's image decoders"}
+    uses = (lambda: ImageFiles(index, tmp_path, on_error="skip"), lambda: check_files(index, tmp_path, decode=True),
+            lambda: read_image(tmp_path/"train/emu/1.jpg"))
+    for name, said in refusals.items():
+        monkeypatch.setenv("ACL_NB_DECODER", name)
+        decoders.image_decoder.cache_clear()
+        for use in uses:
+            with pytest.raises(BadInput) as refused: use()
+            assert said in str(refused.value) and "1.jpg" not in str(refused.value)
+    decoders.image_decoder.cache_clear()
+
+def test_the_first_decoder_that_works_is_taken(monkeypatch):
+    def missing(): raise ImportError("no module of this name")
+    monkeypatch.delenv("ACL_NB_DECODER", raising=False)
+    monkeypatch.setattr(decoders, "DECODERS", {"missing": missing, **decoders.DECODERS})
+    decoders.image_decoder.cache_clear()
+    first = decoders.available_decoders()[0]
+    assert decoders.image_decoder() == first != "missing"
+    decoders.image_decoder.cache_clear()

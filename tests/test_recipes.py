@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import write_jpeg
 
 import acl_nb.datasets.glyphs as glyphs
 import acl_nb.parts
@@ -53,7 +53,7 @@ def data(tmp_path_factory):
     fashion(root); cifar(root, CIFAR10, "labels", "label_names"); cifar(root, CIFAR100, "fine_labels", "fine_label_names")
     patch.setattr(glyphs, "cached_faces", lambda *_: faces())
     one = root/"one.jpg"
-    write_jpeg(torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), str(one))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(one)
     def put(path): path.parent.mkdir(parents=True, exist_ok=True); os.link(one, path)
     for name, templates in PATHS.items():
         b, known = BENCHMARKS[name], {}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torchvision.io import write_jpeg
+from PIL import Image
 
 from acl_nb.checkpoints import latest
 from acl_nb.records import Run
@@ -37,7 +37,7 @@ def tree(root):
             for i in range(n):
                 h, w = rng.integers(70, 110, 2)
                 picture = rng.integers(0, 80, (3, h, w)) + rng.permutation([30 + 5 * y, 60, 170 - 5 * y])[:, None, None]
-                write_jpeg(torch.from_numpy(picture.clip(0, 255).astype(np.uint8)), str(folder/f"{part}_{i}.JPEG"))
+                Image.fromarray(picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(folder/f"{part}_{i}.JPEG")
                 rows.append(f"{folder.relative_to(root)}/{part}_{i}.JPEG {y}\n")
         (root/f"ImageNet_LT_{part}.txt").write_text("".join(rows))
     broken = root/"train"/"n00000000"/"train_3.JPEG"
@@ -64,4 +64,4 @@ def test_a_broken_file_is_named(tmp_path):
     data = tree(tmp_path/"data")
     assert finish(start(train, data, tmp_path/"run", 300., "raise", said=tmp_path/"said")) == [2]
     error, = [line for line in (tmp_path/"said").read_text().splitlines() if line.startswith("error: ")]
-    assert error.endswith("train/n00000000/train_3.JPEG must be a readable image: Image is incomplete or truncated") and "Traceback" not in error
+    assert "train/n00000000/train_3.JPEG must be a readable image: " in error and "truncated" in error and "Traceback" not in error

@@ -8,7 +8,6 @@ __all__ = ['middle_square', 'read_image', 'Pictures', 'ImageFiles', 'check_files
 
 # %% ../../nbs/04_datasets.files.ipynb #22386303
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from ..checks import BadInput, require
 from .arrays import LongTailed
+from .decoders import decode, image_decoder
 from .lists import BENCHMARKS, ImageList, load_lists, places_twin
 
 # %% ../../nbs/04_datasets.files.ipynb #73d7168b
@@ -37,14 +36,11 @@ def middle_square(
 def read_image(
     path,           # of a JPEG, PNG, WebP or GIF file
     size:int=None,  # side of the middle square to cut out, in pixels; default: the image as it is
-) -> torch.Tensor:  # uint8 [3, H, W]
+) -> torch.Tensor:  # uint8 [3, H, W], upright
     "Decode an image file; one that cannot be decoded is named."
-    try: image = decode_image(torch.from_numpy(np.fromfile(path, dtype=np.uint8)), mode=ImageReadMode.RGB)
-    except (OSError, RuntimeError) as e:
-        reason = re.sub(r"^\S+, \S+:\d+, ", "", str(e).splitlines()[0])         # what torchvision says, without its C++ file and line
-        raise BadInput(f"{path} must be a readable image: {reason}") from None
-    require(image.dtype == torch.uint8 and image.ndim == 3, f"{path} must be one picture of 8 bits a channel", f"{image.dtype} {list(image.shape)}")
-    return middle_square(image, size)
+    try: data = Path(path).read_bytes()
+    except OSError as e: raise BadInput(f"{path} must be a readable image: {e}") from None
+    return middle_square(decode(data, path), size)
 
 # %% ../../nbs/04_datasets.files.ipynb #304ccf43
 class Pictures(Dataset):
@@ -99,6 +95,7 @@ class ImageFiles(Pictures):
     ):
         super().__init__(index.labels, index.classes, size, on_error)
         self.index, self.root = index, Path(root)
+        image_decoder()        # a wrong ACL_NB_DECODER is refused here; later every file would seem broken
 
     def _load(self, i): return read_image(os.path.join(self.root, self.index.path(i)), self.size)
     @property
@@ -129,6 +126,7 @@ def check_files(
     def _bad(ids):
         paths = [(i, os.path.join(root, index.path(i))) for i in ids]
         return [index.path(i) for i, path in paths if not os.path.isfile(path) or decode and not _decodes(path)]
+    if decode: image_decoder()     # a wrong ACL_NB_DECODER is refused once; else every file would seem broken
     blocks = [range(start, min(start + 256, len(index))) for start in range(0, len(index), 256)]
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(index), unit=" files", disable=None) as bar:
         found = []
