@@ -108,6 +108,30 @@ def test_no_study_states_a_result_in_its_prose():
     for path in STUDIES.glob("*.ipynb"):
         for prose in texts(path.stem, "prose"): assert not results_in(prose), f"{path.name}: {prose}"
 
+MODULES = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+
+def test_a_notebook_has_a_number_of_its_own_and_imports_from_lower_ones():
+    numbers = [p.name.split("_")[0] for p in MODULES]
+    assert len(set(numbers)) == len(numbers), "two notebooks share a number"
+    place = {p.stem.split("_", 1)[1]: int(p.name.split("_")[0]) for p in MODULES}
+    for path in MODULES:
+        cells = json.loads(path.read_text())["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if re.search(r"^#\| *export", "".join(c["source"]), re.M))
+        for module in re.findall(r"^from acl_nb\.([\w.]+) import", code, re.M):
+            assert place[module] < int(path.name.split("_")[0]), f"{path.name} imports {module}"
+
+def cited(text):
+    "Notebooks named by their number, in words that a reader sees: a link's target and a file's path may hold it."
+    seen = re.sub(r"\]\([^)]*\)|nbs/[\w.]+\.ipynb", "", text)
+    return [p.stem for p in MODULES if re.search(rf"(?<![\w/]){re.escape(p.stem)}\b", seen)]
+
+def test_prose_cites_notebooks_by_name_not_by_number():
+    first = MODULES[0]
+    assert cited(f"see `{first.stem}`") == [first.stem] and not cited(f"see [it](nbs/{first.name})")
+    pages = {p.name: p.read_text(encoding="utf-8") for p in (ROOT/"README.md", ROOT/"CONTRIBUTING.md", ROOT/"CHANGELOG.md")}
+    for path in ROOT.glob("nbs/**/*.ipynb"): pages[path.name] = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
+    assert not {name: found for name, text in pages.items() if (found := cited(text))}
+
 def test_every_notebook_is_executed():
     for path in ROOT.glob("nbs/**/*.ipynb"):
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
