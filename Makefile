@@ -27,7 +27,7 @@ test-browser: $(NEEDS) ## the explorers and the site in a real browser, which mu
 	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py tests/test_site.py
 
 # Both checks work on a copy, so that a check changes nothing and needs no commit.
-COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
+COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs bench $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
 SKIP = -x __pycache__ -x .ipynb_checkpoints -x runs
 
 clean-check: $(NEEDS)
@@ -38,7 +38,7 @@ sync-check: $(NEEDS)
 
 PEERS = $(shell sed -n 's/^bench_requirements = //p' settings.ini)
 
-bench: $(NEEDS) ## speed and memory of the losses, the views, a whole step and the explorers, against limits and peers
+bench: $(NEEDS) ## speed and memory against limits and peers, into bench/*.json; then execute nbs/studies/speed.ipynb
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_views.py

@@ -8,7 +8,6 @@ os.environ["KINETO_LOG_LEVEL"] = "99"      # the profiler is quiet
 
 import argparse
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,17 @@ from acl_nb.losses.acl import acl_loss, acl_loss_plain
 from acl_nb.losses.bcl import bcl_loss
 from acl_nb.losses.matmul import matmul_route
 from acl_nb.losses.scl import scl_loss
+from benching import Rows, interleaved, kept, median_ratio
 
-SHAPES = [(256, 4, 128, 100), (512, 4, 128, 1000), (256, 3, 128, 10), (256, 3, 1024, 8142)]     # images, views, dimensions, classes
+# images, views, dimensions, classes
+SHAPES = [(256, 4, 128, 100), (512, 4, 128, 1000), (256, 3, 128, 10), (256, 3, 1024, 8142)]
 
 class ThreeProducts:
     "Z Kᵀ, S K, Sᵀ Z into memory that is there: what every loss of this kind has to do."
     def __init__(self, z, centers):
         self.z, self.k = z.detach().flatten(0, 1), torch.cat([z.detach().flatten(0, 1), centers.detach()])
-        self.s, self.dz, self.dk = self.z.new_empty(len(self.z), len(self.k)), torch.empty_like(self.z), torch.empty_like(self.k)
+        self.s = self.z.new_empty(len(self.z), len(self.k))
+        self.dz, self.dk = torch.empty_like(self.z), torch.empty_like(self.k)
 
     def __call__(self):
         torch.mm(self.z, self.k.T, out=self.s)
@@ -69,16 +71,6 @@ def candidates(B, V, D, C, with_plain):
     if supcon and B * V <= 2048 and C <= 1000: table["SupConLoss (peer, no centres)"] = supcon
     return {"three products": ThreeProducts(z, centers)} | {k: forward_backward(f, z, centers) for k, f in table.items()}
 
-def interleaved(steps, rounds):
-    "Processor seconds of every step in every round; the order rotates."
-    names, seconds = list(steps), {k: [] for k in steps}
-    for r in range(-2, rounds):
-        for k in names[r % len(names):] + names[:r % len(names)]:
-            start = time.process_time()
-            steps[k]()
-            if r >= 0: seconds[k].append(time.process_time() - start)
-    return seconds
-
 def peak_bytes(step):
     "Most memory alive at one time above what was alive before."
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: step()
@@ -88,28 +80,39 @@ def peak_bytes(step):
         peak = max(peak, alive)
     return peak
 
-def median_ratio(a, b): return statistics.median(x / y for x, y in zip(a, b))
+HEAD = f"{'':32}{'ms':>9}{'× products':>12}{'× ACL batch':>13}{'peak, NK':>10}{'peak, MiB':>11}"
 
-def report(shape, rounds, with_plain):
+def report(shape, rounds, with_plain, rows):
+    "Print and keep the figures of one shape."
     B, V, D, C = shape
     steps = candidates(*shape, with_plain)
     seconds = interleaved(steps, rounds)
-    limit, ours = seconds["three products"], seconds["ACL batch"]
     matrix = 4 * B * V * (B * V + C)
+    section = f"{B} × {V} × {D}, {C} classes"
+    rows.begin(section)
     print(f"\n{B} images, {V} views, {D} dimensions, {C} classes: N×K = {B*V} × {B*V + C}, one matrix = {matrix / 2**20:.1f} MiB")
-    print(f"{'':32}{'ms':>9}{'× products':>12}{'× ACL batch':>13}{'peak, NK':>10}{'peak, MiB':>11}")
-    for k, s in seconds.items():
-        peak = peak_bytes(steps[k])
-        print(f"{k:32}{1e3 * statistics.median(s):9.1f}{median_ratio(s, limit):12.2f}{median_ratio(s, ours):13.2f}{peak / matrix:10.2f}{peak / 2**20:11.1f}", flush=True)
+    print(HEAD)
+    for case, s in seconds.items():
+        ms, peak = 1e3 * statistics.median(s), peak_bytes(steps[case])
+        ratios = {partner: median_ratio(s, seconds[partner]) for partner in ("three products", "ACL batch")}
+        rows.add(section, case, "time", ms, "ms")
+        for partner, ratio in ratios.items(): rows.add(section, case, "time", ratio, "×", partner)
+        rows.add(section, case, "peak", peak / 2**20, "MiB")
+        rows.add(section, case, "peak", peak / matrix, "N×K")
+        products, acl = ratios.values()
+        print(f"{case:32}{ms:9.1f}{products:12.2f}{acl:13.2f}{peak / matrix:10.2f}{peak / 2**20:11.1f}", flush=True)
+    rows.write()
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds for each shape")
     ask.add_argument("--plain", action="store_true", help="the plain autograd form too")
     ask.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help=f"which of {SHAPES}, by position")
+    kept(ask, "losses")
     args = ask.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, float32; product: {matmul_route()} (ACL_NB_MATMUL=onednn tries the other)")
-    for i in args.shapes: report(SHAPES[i], args.rounds, args.plain)
+    rows = Rows(args.out)
+    for i in args.shapes: report(SHAPES[i], args.rounds, args.plain, rows)
 
 if __name__ == "__main__": main()

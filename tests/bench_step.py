@@ -15,7 +15,7 @@ from acl_nb.parts import Parts
 from acl_nb.probes import Probe
 from acl_nb.recipes import recipe
 from acl_nb.trainer import Training
-from bench_losses import interleaved, median_ratio
+from benching import Rows, interleaved, kept, median_ratio
 from bench_views import published
 
 B, V = 64, 3
@@ -76,20 +76,33 @@ def parts_of_a_step(run):
         p.optimizer.step()
     return {"views": lambda: p.views(images, ids, 0), "loss": loss, "optimiser": update, "a probe": lambda: probe.measure(p.objective, out._replace(z=z.detach(), logits=logits.detach()), labels)}
 
-def report(rounds):
+def report(rounds, rows):
+    "Print and keep the figures of both settings."
     for name, settings in {"a CPU user's defaults": {}, "float32": dict(precision="fp32")}.items():
         run = training(**settings)
-        steps = {"encoder alone": encoder_alone(run), "whole step": whole_step(run), "published": Published(), **parts_of_a_step(training(**settings))}
+        whole = {"encoder alone": encoder_alone(run), "whole step": whole_step(run), "published": Published()}
+        steps = whole | parts_of_a_step(training(**settings))
         seconds = interleaved(steps, rounds)
-        print(f"\n{name}: {run.parts.setup['precision']}, channels {'last' if run.parts.recipe.channels_last else 'first'}; {B} images, {V} views, {run.parts.recipe.encoder}, {run.parts.recipe.policy}")
-        for k, s in seconds.items(): print(f"{k:18}{1e3 * statistics.median(s):9.1f} ms{median_ratio(s, seconds['encoder alone']):8.3f} × encoder alone{median_ratio(s, seconds['published']):8.3f} × published")
+        r = run.parts.recipe
+        layout = "last" if r.channels_last else "first"
+        print(f"\n{name}: {run.parts.setup['precision']}, channels {layout}; {B} images, {V} views, {r.encoder}, {r.policy}")
+        rows.begin(name)
+        for case, s in seconds.items():
+            ms = 1e3 * statistics.median(s)
+            encoder, published = (median_ratio(s, seconds[partner]) for partner in ("encoder alone", "published"))
+            rows.add(name, case, "time", ms, "ms")
+            rows.add(name, case, "time", encoder, "×", "encoder alone")
+            rows.add(name, case, "time", published, "×", "published")
+            print(f"{case:18}{ms:9.1f} ms{encoder:8.3f} × encoder alone{published:8.3f} × published")
+        rows.write()
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
+    kept(ask, "step")
     args = ask.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread")
-    report(args.rounds)
+    report(args.rounds, Rows(args.out))
 
 if __name__ == "__main__": main()

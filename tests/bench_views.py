@@ -16,7 +16,7 @@ from torchvision import transforms as T
 from acl_nb.datasets.decoders import decode
 from acl_nb.views import POLICIES, Policy, ViewPipeline
 from acl_nb.views.ops import compile_operations
-from bench_losses import interleaved
+from benching import Rows, interleaved, kept, median_ratio
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 PEER = "PIL, published"
@@ -79,13 +79,20 @@ def kornia_batch(policy):
     run = K.AugmentationSequential(*steps, K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))
     return lambda x: run(x.float().div_(255))
 
-def table(title, seconds, images, base):
+def table(title, seconds, images, base, rows):
+    "Print and keep milliseconds, views per second, and how many times the views per second of `base`."
     print(f"\n{title}")
-    for k, s in seconds.items():
-        ratio = statistics.median(b / a for a, b in zip(s, seconds[base]))
-        print(f"  {k:34}{1e3 * statistics.median(s):9.1f} ms{images[k] / statistics.median(s):11,.0f} views/s{ratio * images[k] / images[base]:8.2f} ×", flush=True)
+    rows.begin(title)
+    for case, s in seconds.items():
+        middle = statistics.median(s)
+        faster = statistics.median(b / a for a, b in zip(s, seconds[base])) * images[case] / images[base]
+        rows.add(title, case, "time", 1e3 * middle, "ms")
+        rows.add(title, case, "rate", images[case] / middle, "views/s")
+        rows.add(title, case, "rate", faster, "×", base)
+        print(f"  {case:34}{1e3 * middle:9.1f} ms{images[case] / middle:11,.0f} views/s{faster:8.2f} ×", flush=True)
+    rows.write()
 
-def small_images(policy, rounds, B=256):
+def small_images(policy, rounds, rows, B=256):
     x = photographs(B, 32)
     pil = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x]
     one_by_one = lambda transform: lambda: torch.stack([transform(i) for i in pil])
@@ -97,10 +104,10 @@ def small_images(policy, rounds, B=256):
     if kornia := kornia_batch(policy): steps["kornia, batch"] = lambda: kornia(x)
     images = {k: 64 if "64" in k else B * ours[int(k[-1])].views if k.startswith("ours") else B for k in steps}
     seconds = interleaved(steps, rounds)
-    table(f"{policy}, {B} images of 32 × 32", seconds, images, PEER)
-    print(f"  V = 8 costs {statistics.median(a / b for a, b in zip(seconds['ours, V = 8'], seconds['ours, V = 1'])):.2f} × V = 1")
+    table(f"{policy}, {B} images of 32 × 32", seconds, images, PEER, rows)
+    print(f"  V = 8 costs {median_ratio(seconds['ours, V = 8'], seconds['ours, V = 1']):.2f} × V = 1")
 
-def large_images(rounds, B=8, V=3):
+def large_images(rounds, rows, B=8, V=3):
     "What a 224-pixel view costs, part by part: decode once, cut V crops, then the steps on the batch."
     files = []
     for photo in load_sample_images().images * (B // 2):
@@ -115,22 +122,30 @@ def large_images(rounds, B=8, V=3):
                                "all steps": lambda: p(crops), "normalise": lambda: bare(crops), "color": lambda: color(crops)}, rounds)
         ms = {k: 1e3 * statistics.median(s) / B for k, s in seconds.items()}
         whole = ms["decode"] + ms["cut"] + ms["all steps"]
-        print(f"{name:18} {V} views of an image: {whole:6.1f} ms; decode {ms['decode'] / whole:4.0%}, crops {ms['cut'] / whole:4.0%}, colour {(ms['color'] - ms['normalise']) / whole:4.0%}, "
-              f"other steps {(ms['all steps'] - ms['color']) / whole:4.0%}, normalise {ms['normalise'] / whole:4.0%}", flush=True)
+        parts = {"decode": ms["decode"], "crops": ms["cut"], "colour": ms["color"] - ms["normalise"],
+                 "other steps": ms["all steps"] - ms["color"], "normalise": ms["normalise"]}
+        title = f"{name}, {V} views of 224 × 224"
+        rows.begin(title)
+        rows.add(title, "all", "time per image", whole, "ms")
+        for case, part in parts.items(): rows.add(title, case, "time per image", part, "ms", "all")
+        rows.write()
+        print(f"{title}: {whole:6.1f} ms an image; " + ", ".join(f"{case} {part / whole:.0%}" for case, part in parts.items()), flush=True)
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
     ask.add_argument("--only", choices=("small", "large"), help="small or large images alone")
     ask.add_argument("--compile", action="store_true", help="with compiled operations (needs a C++ compiler)")
+    kept(ask, "views")
     args = ask.parse_args()
+    rows = Rows(args.out)
     if args.compile: compile_operations()
     torch.set_num_threads(1); torch.manual_seed(0); np.random.seed(0)
     print(f"torch {torch.__version__}, one thread, uint8 in, normalised float32 out; × is views a second against the first line")
     if args.only != "large":
-        for policy in ("cifar_regular", "cifar_sim"): small_images(policy, args.rounds)
+        for policy in ("cifar_regular", "cifar_sim"): small_images(policy, args.rounds, rows)
     if args.only != "small":
         print("\n224 pixels, photographs of 500 × 375 as JPEG; one decode for all views")
-        large_images(max(3, args.rounds // 3))
+        large_images(max(3, args.rounds // 3), rows)
 
 if __name__ == "__main__": main()

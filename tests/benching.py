@@ -50,6 +50,10 @@ class Rows:
         part.write_text("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in self.rows) + "\n]\n", encoding="utf-8")
         part.replace(self.path)
 
+def kept(ask, name):
+    "The option that says where the rows go."
+    ask.add_argument("--out", default=ROOT/"bench"/f"{name}.json", help="file that keeps the rows")
+
 def interleaved(steps, rounds):
     "Processor seconds of every step in every round; the order rotates."
     names, seconds = list(steps), {k: [] for k in steps}

@@ -65,6 +65,19 @@ def test_readme_shows_the_recorded_numbers():
     views = select(study_rows(ROOT/"nbs/studies/fashion_views.json"), readout="centers")
     assert axis_table([row for row in views if row["arm"] in ("scl", "bcl", "acl", "acl adjusted")], "views", "top1_by_means") in readme
 
+def bench(name): return json.loads((ROOT/f"bench/{name}.json").read_text())
+
+def test_readme_and_the_speed_study_show_the_benches_rows():
+    said = " ".join((ROOT/"README.md").read_text().split())
+    products = [r["value"] for r in bench("losses") if (r["case"], r["figure"], r["partner"]) == ("ACL batch", "time", "three products")]
+    encoder = [r["value"] for r in bench("step") if (r["case"], r["partner"]) == ("whole step", "encoder alone")]
+    assert f"takes {min(products):.2f} to {max(products):.2f} times the three matrix products" in said
+    assert f"a whole training step {min(encoder):.2f} to {max(encoder):.2f} times its encoder alone" in said
+    assert ("on a GPU: not run yet" in said) == (not (ROOT/"bench/gpu.json").is_file())
+    shown = "\n".join(texts("speed", "outputs"))
+    for name in ("losses", "views", "step", "widgets"):
+        for row in bench(name): assert f"{row['device']}, threads: {row['threads']}, torch {row['torch']}, {row['date']}, commit {row['commit']}" in shown
+
 STUDIES = ROOT/"nbs/studies"
 BOTH = ("top1_by_means", "few_by_means", "top1", "few", "conflict_rate")        # of what is read out by centres
 
