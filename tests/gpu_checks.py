@@ -194,14 +194,16 @@ TRAININGS = {
 
 def check_training(bench):
     "One epoch of five batches by `fit`, which tests, saves and reports too."
+    size, pixels = bench.pick((16, 32), (8, 20))
+    usual = dict(encoder=bench.pick("resnet8", "resnet8_tiny"), dim=16, hidden=16, batch_size=size, epochs=1, warmup=0., lr=0.05)
     for name, settings in TRAININGS.items():
         if bench.smoke and name == "compile":
             bench.not_run("training, compile", "too slow for --smoke")
             continue
-        r = recipe("cifar10_lt", **dict(encoder="resnet8", dim=16, hidden=16, batch_size=16, epochs=1, warmup=0., lr=0.05) | settings)
+        r = recipe("cifar10_lt", **usual | settings)
         def check():
             watch = Watch()
-            with tempfile.TemporaryDirectory() as out, in_place_of("cifar10_lt", made_data(80, 32, 10)):
+            with tempfile.TemporaryDirectory() as out, in_place_of("cifar10_lt", made_data(5 * size, pixels, 10)):
                 row = fit(r, out, quiet=True, hooks=[watch]).history[-1]
             right = row["loss"] == row["loss"] and watch.finite
             bench.check(f"training, {name}", "mean loss of 5 batches", row["loss"], "", right)
