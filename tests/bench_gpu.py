@@ -238,8 +238,8 @@ def busy_ms(step, n):
         for _ in range(n): step()
         torch.cuda.synchronize()
     on_gpu = [e for e in prof.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
-    spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in on_gpu
-                   if not (hasattr(e, "is_user_annotation") and e.is_user_annotation()) and "#" not in e.name())
+    work = [e for e in on_gpu if not e.is_user_annotation()]      # annotations span the idle time between kernels as well
+    spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in work)
     busy, reached = 0, 0
     for start, end in spans:
         busy += max(0, end - max(start, reached))
@@ -344,14 +344,16 @@ def loss(bench):
     "The losses alone, forward and backward."
     for shape in bench.pick([(256, 3, 128, 100), (256, 3, 1024, 8142), (4096, 4, 128, 1000)], [(8, 2, 8, 3)]):
         found, name = {}, "{}, " + str(shape)
-        for case, step in loss_steps(bench, shape).items():
+        def measure(case, step):
             found[case] = time_and_peak(bench, step)
-            if found[case] is None: bench.not_run(name.format(case), "does not fit into memory")
-            else:
-                bench.add(name.format(case), "forward and backward", found[case][0], "ms")
-                bench.add(name.format(case), "peak memory", found[case][1], "MiB")
+            if found[case] is None: return bench.not_run(name.format(case), "does not fit into memory")
+            bench.add(name.format(case), "forward and backward", found[case][0], "ms")
+            bench.add(name.format(case), "peak memory", found[case][1], "MiB")
+        steps = loss_steps(bench, shape)
+        for case, step in steps.items():
+            bench.attempt(name.format(case), measure, case, step)
             bench.tidy()
-        if PEER not in found: bench.not_run(name.format(PEER), "pytorch-metric-learning is not installed")
+        if PEER not in steps: bench.not_run(name.format(PEER), "pytorch-metric-learning is not installed")
         for partner in (RESTATED, PEER):
             for case in found:
                 if case in (RESTATED, PEER) or not (found[case] and found.get(partner)): continue

@@ -184,7 +184,10 @@ class Watch:
         self.finite = all(bool(p.isfinite().all()) for p, _ in pairs)
 
     @staticmethod
-    def _learnt(run): return [p for p in run.tested.parameters() if p.requires_grad]
+    def _learnt(run):
+        "Of the network that is tested, which may be an average without gradients."
+        pairs = zip(run.parts.bare.parameters(), run.tested.parameters())
+        return [tested for learning, tested in pairs if learning.requires_grad]
 
 TRAININGS = {
     "fp32": dict(precision="fp32"), "bf16": dict(precision="bf16"), "fp16, scaler": dict(precision="fp16"),
