@@ -1,7 +1,7 @@
 """Right results and speed on one GPU, in about ten minutes. `python tests/bench_gpu.py`
 
-Rows go to bench/gpu.json; a section that fails is a row, and the next one runs. Times are medians; no time is asserted.
-`--smoke` runs tiny shapes in under a minute, without a GPU too, and shows only that the sections work.
+Rows go to bench/gpu.json; a section that fails is a row, and the next one runs. No time is asserted.
+`--smoke` runs tiny shapes in under a minute, without a GPU too, and shows only that sections work.
 """
 import argparse
 import gc
@@ -31,7 +31,7 @@ from bench_losses import batch, forward_backward, peak_bytes, peer
 from bench_step import whole_step
 from bench_views import MEAN, STD
 from benching import ROOT, Rows
-from gpu_checks import counts_of, in_place_of, made_data, right, signal_all, suite
+from gpu_checks import counts_of, in_place_of, made_data, made_pixels, right, signal_all, suite
 
 PACKAGE = Path(acl_nb.__file__).parent
 CROPS = (256, 3, 3, 224, 224)    # of one ImageNet batch: images, views, channels, pixels; 115.6 MB
@@ -49,7 +49,7 @@ class Bench:
 
     def add(self, case, figure, value, unit, partner=None):
         "Keep one number or text."
-        if isinstance(value, float) and not math.isfinite(value): value = str(value)     # JSON has no nan
+        if isinstance(value, float) and not math.isfinite(value): value = str(value)    # JSON has no nan
         self.made.append(self.rows.add(self.section, case, figure, value, unit, partner))
 
     def not_run(self, case, why="needs CUDA"): self.add(case, "not run", why, "text")
@@ -90,7 +90,7 @@ class Bench:
     def ms(self, step, n=10, warm=3):
         "Median milliseconds of a step: CUDA events, or the clock on a CPU."
         for _ in range(warm): step()
-        marks, spent = Marks(self.cuda), []
+        marks = Marks(self.cuda)
         for k in range(n):
             marks(f"before {k}")
             step()
@@ -100,7 +100,7 @@ class Bench:
 
     @contextmanager
     def peak(self, into):
-        "Put the most memory allocated meanwhile into a dictionary, in bytes and above what was there before."
+        "Note the most bytes allocated meanwhile: in total, and above what was there before."
         if self.cuda:
             self.wait()
             torch.cuda.reset_peak_memory_stats()
@@ -108,7 +108,8 @@ class Bench:
         yield
         if self.cuda:
             self.wait()
-            into.update(total=torch.cuda.max_memory_allocated(), more=torch.cuda.max_memory_allocated() - before)
+            most = torch.cuda.max_memory_allocated()
+            into.update(total=most, more=most - before)
 
 class Marks:
     "Named moments: CUDA events in the stream, or the clock."
@@ -136,23 +137,26 @@ def tf32():
     finally: torch.backends.cuda.matmul.allow_tf32 = before
 
 def constants(bench):
-    "What estimates scale with: bandwidth, matrix products, and what an operation and a synchronisation cost."
+    "What estimates scale with: bandwidth, products, the cost of an operation and of a synchronisation."
     n, reps = bench.pick(2**28, 2**20), bench.pick(10, 3)
     a, b = torch.zeros(n, device=bench.device), torch.empty(n, device=bench.device)
-    bench.add("copy", "bandwidth, read and written", 8 * n / bench.ms(lambda: b.copy_(a), reps) / 1e6, "GB/s")
+    ms = bench.ms(lambda: b.copy_(a), reps)
+    bench.add("copy", "bandwidth, read and written", 8 * n / ms / 1e6, "GB/s")
     del a, b
     side = bench.pick(4096, 128)
     def product(case, dtype):
         x = torch.randn(side, side, device=bench.device, dtype=dtype)
-        bench.add(f"product of {side} × {side}, {case}", "rate", 2 * side**3 / bench.ms(lambda: x @ x, reps) / 1e9, "TFLOP/s")
+        ms = bench.ms(lambda: x @ x, reps)
+        bench.add(f"product of {side} × {side}, {case}", "rate", 2 * side**3 / ms / 1e9, "TFLOP/s")
     product("float32", torch.float32)
     product("bfloat16", torch.bfloat16)
     if bench.cuda:
         with tf32(): product("TF32", torch.float32)
     else: bench.not_run("product, TF32")
     x, many = torch.zeros(1, device=bench.device), bench.pick(2000, 100)
-    bench.add("x.add_(1)", "time per eager operation", 1e3 * bench.wall(lambda: x.add_(1), many), "µs")
-    bench.add("x.item()", "time per call", 1e3 * bench.wall(x.item, many), "µs")
+    add, item = bench.wall(lambda: x.add_(1), many), bench.wall(x.item, many)
+    bench.add("x.add_(1)", "time per eager operation", 1e3 * add, "µs")
+    bench.add("x.item()", "time per call", 1e3 * item, "µs")
 
 # --- synchronisations ---
 
@@ -160,7 +164,8 @@ def call_site(frames):
     "file:line and function of the innermost frame inside the package."
     for frame in reversed(frames):
         path = Path(frame.filename)
-        if path.is_relative_to(PACKAGE): return f"{path.relative_to(PACKAGE)}:{frame.lineno} {frame.name}"
+        if path.is_relative_to(PACKAGE):
+            return f"{path.relative_to(PACKAGE)}:{frame.lineno} {frame.name}"
     return "outside acl_nb"
 
 def sites_of_warnings(step, text):
@@ -190,15 +195,18 @@ def syncs(bench):
 def cifar_run(bench, **more):
     tiny = dict(encoder="resnet8", dim=16, hidden=16, batch_size=8)
     r = recipe("cifar100_lt", **bench.pick(dict(batch_size=256), tiny), epochs=10_000, **more)
-    with in_place_of(r.dataset, made_data(10 * r.batch_size, 32, bench.pick(100, 10))): return Training(Parts(r))
+    data = made_data(10 * r.batch_size, 32, bench.pick(100, 10))
+    with in_place_of(r.dataset, data): return Training(Parts(r))
 
 def imagenet_run(bench, size, **more):
-    "With a batch of made crops, as workers hand them over: uint8, in pinned memory where there is a GPU."
+    "(run, a batch of made crops as workers hand them over: uint8, pinned where there is a GPU)"
     tiny = dict(encoder="resnet8", dim=16, hidden=16, classes=None)
     pixels, classes = bench.pick((224, 1000), (32, 10))
-    r = recipe("imagenet_lt_resnet50_90", **bench.pick({}, tiny), batch_size=size, epochs=10_000, **more)
-    with in_place_of(r.dataset, stand_in([3, pixels, pixels], torch.full((classes,), 2))): run = Training(Parts(r, workers=0))
-    crops = torch.randint(0, 256, (size, r.views, 3, pixels, pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    more = bench.pick({}, tiny) | more
+    r = recipe("imagenet_lt_resnet50_90", batch_size=size, epochs=10_000, **more)
+    data = stand_in([3, pixels, pixels], torch.full((classes,), 2))
+    with in_place_of(r.dataset, data): run = Training(Parts(r, workers=0))
+    crops = made_pixels(size, r.views, 3, pixels, pixels)
     ids = torch.arange(size)
     run.parts.network.train()
     return run, (crops.pin_memory() if bench.cuda else crops, ids % classes, ids)
@@ -233,12 +241,13 @@ def parts_of_step(bench, run, one_batch, n):
     return {name: statistics.median(ms) for name, ms in found.items()}
 
 def busy_ms(step, n):
-    "Milliseconds a step in which the GPU runs kernels or copies, by the profiler; what overlaps counts once."
+    "Milliseconds per step in which the GPU runs kernels or copies; what overlaps counts once."
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         for _ in range(n): step()
         torch.cuda.synchronize()
-    on_gpu = [e for e in prof.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
-    work = [e for e in on_gpu if not e.is_user_annotation()]      # annotations span the idle time between kernels as well
+    events, gpu = prof.profiler.kineto_results.events(), torch.autograd.DeviceType.CUDA
+    # annotations span the idle time between kernels as well
+    work = [e for e in events if e.device_type() == gpu and not e.is_user_annotation()]
     spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in work)
     busy, reached = 0, 0
     for start, end in spans:
@@ -250,11 +259,13 @@ def measured_step(bench, run, step, one_batch, n):
     "[(figure, value, unit)] of a whole step and its parts."
     memory = {}
     with bench.peak(memory): whole = bench.wall(step, n, warm=bench.pick(5, 1))
-    found = [("whole step", whole, "ms"), ("images", 1e3 * run.parts.recipe.batch_size / whole, "images/s")]
+    rate = 1e3 * run.parts.recipe.batch_size / whole
+    found = [("whole step", whole, "ms"), ("images", rate, "images/s")]
     found += [(name, ms, "ms") for name, ms in parts_of_step(bench, run, one_batch, n).items()]
     if not bench.cuda: return [*found, ("not run", "idle share and peak memory need CUDA", "text")]
     busy = busy_ms(step, 3)
-    return [*found, ("GPU busy, by the profiler", busy, "ms"), ("idle share: 1 - busy / whole step", 1 - busy / whole, ""),
+    return [*found, ("GPU busy, by the profiler", busy, "ms"),
+            ("idle share: 1 - busy / whole step", 1 - busy / whole, ""),
             ("peak memory", memory["total"] / 2**30, "GiB")]
 
 def loading_ms(run, n):
@@ -275,6 +286,10 @@ def as_is_and_compiled(bench, measure):
         else: bench.attempt(name, measure, name, settings)
         bench.tidy()
 
+def step_name(parts):
+    r = parts.recipe
+    return f"{r.encoder}, {r.batch_size} × {r.views} views, {parts.setup['precision']}"
+
 def cifar(bench):
     "A CIFAR step."
     n = bench.pick(30, 2)
@@ -282,8 +297,9 @@ def cifar(bench):
         run = cifar_run(bench, **settings)
         p, one_batch = run.parts, next(iter(run.parts.loader))
         p.network.train()
-        case = f"{p.recipe.encoder}, {p.recipe.batch_size} × {p.recipe.views} views, {p.setup['precision']}, {name}"
-        for figure in measured_step(bench, run, whole_step(run), one_batch, n): bench.add(case, *figure)
+        case = f"{step_name(p)}, {name}"
+        found = measured_step(bench, run, whole_step(run), one_batch, n)
+        for figure in found: bench.add(case, *figure)
         bench.add(case, "loading, on the host", loading_ms(run, n), "ms")
     as_is_and_compiled(bench, measure)
 
@@ -293,13 +309,13 @@ def imagenet(bench):
     def figures(size, settings):
         run, one_batch = imagenet_run(bench, size, **settings)
         found = measured_step(bench, run, lambda: run.train_step([one_batch]), one_batch, n)
-        return f"{run.parts.recipe.encoder}, {size} × {run.parts.recipe.views} views, {run.parts.setup['precision']}", found
+        return step_name(run.parts), found
     def measure(name, settings):
         for size in sizes:
             try: case, found = figures(size, settings)
             except torch.cuda.OutOfMemoryError: found = None
             if found: break
-            bench.tidy()                            # outside of the exception, which holds what filled the memory
+            bench.tidy()                # outside of the exception, which holds what filled the memory
         else: raise MemoryError(f"not even {sizes[-1]} images fit")
         smaller = "" if size == sizes[0] else f" ({sizes[0]} images do not fit)"
         for figure in found: bench.add(f"{case}, {name}{smaller}", *figure)
@@ -318,16 +334,20 @@ def supcontrast(z, labels, temperature=0.1):
     log_share = logits - (logits.exp() * others).sum(1, keepdim=True).log()
     return -((positive * log_share).sum(1) / positive.sum(1)).mean()
 
-RESTATED, PEER = "SupContrast, restated, no centres", "SupConLoss of pytorch-metric-learning, no centres"
+RESTATED = "SupContrast, restated, no centres"
+PEER = "SupConLoss of pytorch-metric-learning, no centres"
+LOSS_SHAPES = [(256, 3, 128, 100), (256, 3, 1024, 8142), (4096, 4, 128, 1000)]    # images, views, dimensions, classes
 
 def loss_steps(bench, shape):
     "case -> forward and backward."
     z, labels, centers = batch(*shape)
     z, centers = (t.detach().to(bench.device).requires_grad_() for t in (z, centers))
     labels, counts = labels.to(bench.device), torch.tensor(counts_of(shape[3]), device=bench.device)
-    table = {RESTATED: lambda: supcontrast(z, labels), "scl, no centres": lambda: scl_loss(z, labels),
+    adjusted = dict(negatives="adjusted", class_counts=counts)
+    table = {RESTATED: lambda: supcontrast(z, labels),
+             "scl, no centres": lambda: scl_loss(z, labels),
              "acl, batch": lambda: acl_loss(z, labels, centers),
-             "acl, adjusted": lambda: acl_loss(z, labels, centers, negatives="adjusted", class_counts=counts)}
+             "acl, adjusted": lambda: acl_loss(z, labels, centers, **adjusted)}
     if supcon := peer(z, labels): table[PEER] = supcon
     return {case: forward_backward(f, z, centers) for case, f in table.items()}
 
@@ -342,37 +362,40 @@ def time_and_peak(bench, step):
 
 def loss(bench):
     "The losses alone, forward and backward."
-    for shape in bench.pick([(256, 3, 128, 100), (256, 3, 1024, 8142), (4096, 4, 128, 1000)], [(8, 2, 8, 3)]):
+    for shape in bench.pick(LOSS_SHAPES, [(8, 2, 8, 3)]):
         found, name = {}, "{}, " + str(shape)
         def measure(case, step):
             found[case] = time_and_peak(bench, step)
-            if found[case] is None: return bench.not_run(name.format(case), "does not fit into memory")
+            if found[case] is None:
+                return bench.not_run(name.format(case), "does not fit into memory")
             bench.add(name.format(case), "forward and backward", found[case][0], "ms")
             bench.add(name.format(case), "peak memory", found[case][1], "MiB")
         steps = loss_steps(bench, shape)
         for case, step in steps.items():
             bench.attempt(name.format(case), measure, case, step)
             bench.tidy()
-        if PEER not in steps: bench.not_run(name.format(PEER), "pytorch-metric-learning is not installed")
+        if PEER not in steps:
+            bench.not_run(name.format(PEER), "pytorch-metric-learning is not installed")
         for partner in (RESTATED, PEER):
             for case in found:
                 if case in (RESTATED, PEER) or not (found[case] and found.get(partner)): continue
                 for k, figure in enumerate(("time ratio", "peak memory ratio")):
-                    bench.add(name.format(case), figure, found[case][k] / found[partner][k], "×", name.format(partner))
+                    ratio = found[case][k] / found[partner][k]
+                    bench.add(name.format(case), figure, ratio, "×", name.format(partner))
 
 def views(bench):
-    "Views alone; GB/s counts the bytes of the float32 views that come out, not those moved on the way."
+    "Views alone; GB/s counts the bytes of the float32 views that come out, nothing else."
     small = ["cifar_regular", "cifar_sim", "cifar_sim_blur", "cifar_regular+cifar_sim"]
     large = ["imagenet_rand", "imagenet_sim", "imagenet_sim_rand", "imagenet_rand+imagenet_sim"]
     n, V = bench.pick(256, 2), 3
     for size, names in (32, small), (bench.pick(224, 64), large):
         for name in names:
             policies = [name.split("+")[min(v, name.count("+"))] for v in range(V)]
-            pipeline, g = ViewPipeline(policies, size, MEAN, STD), torch.Generator().manual_seed(0)
-            shape = (n, 3, size, size) if names is small else (n, V, 3, size, size)     # files come as crops
-            images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(bench.device)
+            pipeline = ViewPipeline(policies, size, MEAN, STD)
+            cut = (V,) if names is large else ()            # files come as crops, one for each view
+            images = made_pixels(n, *cut, 3, size, size).to(bench.device)
             ids = torch.arange(n, device=bench.device)
-            ms = bench.ms(lambda: pipeline(images, ids, 0), bench.pick(10, 2), warm=bench.pick(3, 1))
+            ms = bench.ms(lambda: pipeline(images, ids, 0), bench.pick(10, 2), bench.pick(3, 1))
             case = f"{name}, {n} × {V} views, {size} px"
             bench.add(case, "time", ms, "ms")
             bench.add(case, "output", 4 * n * V * 3 * size**2 / ms / 1e6, "GB/s")
@@ -381,10 +404,11 @@ def prediction(bench):
     "Images per second of `predict`."
     n = bench.pick(4096, 16)
     for encoder, size in bench.pick([("resnet32", 32), ("resnet50", 224)], [("resnet8", 32)]):
-        data = made_data(n, 32, 10) if size == 32 else stand_in([3, size, size], torch.full((16,), n // 16))
+        data = stand_in([3, size, size], torch.full((16,), n // 16))
         r = recipe("cifar10_lt", encoder=encoder, batch_size=16)
         with in_place_of(r.dataset, data): p = Parts(r)
-        ms = bench.wall(lambda: predict(p.bare, data.test, p.plain, p.device), bench.pick(3, 1), warm=1)
+        step = lambda: predict(p.bare, data.test, p.plain, p.device)
+        ms = bench.wall(step, bench.pick(3, 1), warm=1)
         bench.add(f"{encoder}, {n} images, {size} px", "predict", 1e3 * n / ms, "images/s")
 
 def copies(bench):
@@ -395,12 +419,14 @@ def copies(bench):
     steps = {"pageable": lambda: there.copy_(crops), "pinned": lambda: there.copy_(pinned),
              "pinned, non_blocking": lambda: there.copy_(pinned, non_blocking=True)}
     for name, step in steps.items():
-        bench.add(f"{crops.nbytes / 1e6:.1f} MB, {name}", "rate", crops.nbytes / bench.wall(step, 10) / 1e6, "GB/s")
+        rate = crops.nbytes / bench.wall(step, 10) / 1e6
+        bench.add(f"{crops.nbytes / 1e6:.1f} MB, {name}", "rate", rate, "GB/s")
 
 # --- all of it ---
 
-SECTIONS = {"constants": constants, "right": right, "syncs": syncs, "cifar": cifar, "imagenet": imagenet, "loss": loss,
-            "views": views, "predict": prediction, "copies": copies, "signal": signal_all, "suite": suite}
+SECTIONS = {"constants": constants, "right": right, "syncs": syncs, "cifar": cifar, "imagenet": imagenet,
+            "loss": loss, "views": views, "predict": prediction, "copies": copies, "signal": signal_all,
+            "suite": suite}
 
 def run_sections(bench, names):
     "One after another; rows are written after each."
@@ -412,11 +438,18 @@ def run_sections(bench, names):
         bench.rows.write()
         print(f"{name:12}{time.perf_counter() - began:8.1f} s", flush=True)
 
+def short(value):
+    "A number in four digits; of a text its last line."
+    if isinstance(value, float): return f"{value:.4g}"
+    lines = str(value).strip().splitlines() or [""]
+    return lines[-1][:60]
+
 def print_table(bench):
     "All figures but those of `right`, of which it says how many there are and which are wrong."
-    short = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v).strip().splitlines()[-1][:60] if str(v).strip() else ""
-    told = [r for r in bench.made if r["section"] != "right" or r["figure"] in ("wrong", "failed", "not run")]
-    for r in told: print(f"{r['section']:10} {r['case'][:66]:66} {r['figure'][:36]:36} {short(r['value'])} {r['unit']}".rstrip())
+    for r in bench.made:
+        if r["section"] == "right" and r["figure"] not in ("wrong", "failed", "not run"): continue
+        where = f"{r['section']:10} {r['case'][:66]:66} {r['figure'][:36]:36}"
+        print(where, short(r["value"]), "" if r["unit"] == "text" else r["unit"])
     checks = sum(r["section"] == "right" for r in bench.made)
     print(f"{checks} rows of results compared; {len(bench.bad)} wrong or failed in all", flush=True)
 
@@ -428,19 +461,22 @@ def main(arguments=None):
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--only", help="sections, joined by commas")
     ask.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too")
-    ask.add_argument("--out", type=Path, help="file of rows; default: bench/gpu.json, with --smoke one in the temporary folder")
+    where = "file of rows; default: bench/gpu.json, with --smoke one in the temporary folder"
+    ask.add_argument("--out", type=Path, help=where)
     ask.add_argument("--list", action="store_true", help="print the sections and run none")
     args = ask.parse_args(arguments)
     if args.list:
         for name, f in SECTIONS.items(): print(f"{name:12}{f.__doc__}")
         return 0
     names = list(SECTIONS) if args.only is None else args.only.split(",")
-    if any(name not in SECTIONS for name in names): return fail(f"--only takes sections joined by commas, of {', '.join(SECTIONS)}; got {args.only}")
+    if any(name not in SECTIONS for name in names):
+        return fail(f"--only takes sections joined by commas, of {', '.join(SECTIONS)}; got {args.only}")
     if not (args.smoke or torch.cuda.is_available()):
-        return fail("no CUDA device was found, which this bench needs; --smoke runs tiny shapes on the CPU")
-    usual = Path(tempfile.gettempdir())/"acl_nb_gpu_smoke.json" if args.smoke else ROOT/"bench"/"gpu.json"
-    bench = Bench(Rows(args.out or usual), args.smoke)
-    print(f"{bench.rows.about['device']}, torch {torch.__version__}; rows go to {bench.rows.path}", flush=True)
+        return fail("no CUDA device was found, which this needs; --smoke runs tiny shapes on the CPU")
+    trial = Path(tempfile.gettempdir())/"acl_nb_gpu_smoke.json"
+    rows = Rows(args.out or (trial if args.smoke else ROOT/"bench"/"gpu.json"))
+    bench = Bench(rows, args.smoke)
+    print(f"{rows.about['device']}, torch {torch.__version__}; rows go to {rows.path}", flush=True)
     run_sections(bench, names)
     print_table(bench)
     return 1 if bench.bad else 0
