@@ -262,11 +262,14 @@ def measured_step(bench, run, step, one_batch, n):
     rate = 1e3 * run.parts.recipe.batch_size / whole
     found = [("whole step", whole, "ms"), ("images", rate, "images/s")]
     found += [(name, ms, "ms") for name, ms in parts_of_step(bench, run, one_batch, n).items()]
-    if not bench.cuda: return [*found, ("not run", "idle share and peak memory need CUDA", "text")]
+    return [*found, ("peak memory", memory["total"] / 2**30, "GiB")] if bench.cuda else found
+
+def idle_share(bench, case, step, whole):
+    "How much of a whole step, in ms as it runs without the profiler, the GPU has nothing to do."
+    if not bench.cuda: return bench.add(case, "not run", "idle share and peak memory need CUDA", "text")
     busy = busy_ms(step, 3)
-    return [*found, ("GPU busy, by the profiler", busy, "ms"),
-            ("idle share: 1 - busy / whole step", 1 - busy / whole, ""),
-            ("peak memory", memory["total"] / 2**30, "GiB")]
+    bench.add(case, "GPU busy, by the profiler", busy, "ms")
+    bench.add(case, "idle share: 1 - busy / whole step", 1 - busy / whole, "")
 
 def loading_ms(run, n):
     "Median milliseconds until the loader gives a batch, on the host."
@@ -297,9 +300,10 @@ def cifar(bench):
         run = cifar_run(bench, **settings)
         p, one_batch = run.parts, next(iter(run.parts.loader))
         p.network.train()
-        case = f"{step_name(p)}, {name}"
-        found = measured_step(bench, run, whole_step(run), one_batch, n)
+        case, step = f"{step_name(p)}, {name}", whole_step(run)
+        found = measured_step(bench, run, step, one_batch, n)
         for figure in found: bench.add(case, *figure)
+        bench.attempt(case, idle_share, bench, case, step, found[0][1])
         bench.add(case, "loading, on the host", loading_ms(run, n), "ms")
     as_is_and_compiled(bench, measure)
 
@@ -308,17 +312,19 @@ def imagenet(bench):
     n, sizes = bench.pick((12, (256, 128, 64, 32)), (2, (2,)))
     def figures(size, settings):
         run, one_batch = imagenet_run(bench, size, **settings)
-        found = measured_step(bench, run, lambda: run.train_step([one_batch]), one_batch, n)
-        return step_name(run.parts), found
+        step = lambda: run.train_step([one_batch])
+        return step_name(run.parts), measured_step(bench, run, step, one_batch, n), step
     def measure(name, settings):
         for size in sizes:
-            try: case, found = figures(size, settings)
+            try: case, found, step = figures(size, settings)
             except torch.cuda.OutOfMemoryError: found = None
             if found: break
             bench.tidy()                # outside of the exception, which holds what filled the memory
         else: raise MemoryError(f"not even {sizes[-1]} images fit")
         smaller = "" if size == sizes[0] else f" ({sizes[0]} images do not fit)"
-        for figure in found: bench.add(f"{case}, {name}{smaller}", *figure)
+        case = f"{case}, {name}{smaller}"
+        for figure in found: bench.add(case, *figure)
+        bench.attempt(case, idle_share, bench, case, step, found[0][1])
     as_is_and_compiled(bench, measure)
     bench.not_run("loading", "crops are made, no file is decoded")
 
