@@ -17,8 +17,10 @@ def name_of(requirement):
     return re.match(r"[\w.-]+", requirement)[0].lower()
 
 def wanted(settings):
-    "(with what they need in turn, alone): requirements of the package, and of the benches, whose own need is torch."
-    return [r for r in shlex.split(settings["requirements"]) if name_of(r) not in THERE], shlex.split(settings["bench_requirements"])
+    "(with what they need in turn, alone): requirements of package and tests, and of the benches, whose own need is torch."
+    package = [r for r in shlex.split(settings["requirements"]) if name_of(r) not in THERE]
+    tests = [r for r in shlex.split(settings["dev_requirements"]) if name_of(r) == "hypothesis"]
+    return package + tests, shlex.split(settings["bench_requirements"])
 
 def download(requirements, python, *more):
     "Into .wheels/, for manylinux on x86-64."
