@@ -1,4 +1,6 @@
-"""Speed and memory of the losses against the three matrix products they cannot do without. `python tests/bench_losses.py`
+"""Speed and memory of the losses against the three matrix products they cannot do without.
+
+`python tests/bench_losses.py`
 
 One thread, processor time, interleaved rounds in one process, medians of the ratios of each round.
 Needs nothing but the package; pytorch-metric-learning is compared with where it is installed.
@@ -17,15 +19,17 @@ from acl_nb.losses.acl import acl_loss, acl_loss_plain
 from acl_nb.losses.bcl import bcl_loss
 from acl_nb.losses.matmul import matmul_route
 from acl_nb.losses.scl import scl_loss
-from benching import Rows, interleaved, kept, median_ratio
+from benching import Rows, interleaved, median_ratio, out_option, processor_name
 
 # images, views, dimensions, classes
 SHAPES = [(256, 4, 128, 100), (512, 4, 128, 1000), (256, 3, 128, 10), (256, 3, 1024, 8142)]
+LIMIT = "three products"
 
 class ThreeProducts:
     "Z Kᵀ, S K, Sᵀ Z into memory that is there: what every loss of this kind has to do."
     def __init__(self, z, centers):
-        self.z, self.k = z.detach().flatten(0, 1), torch.cat([z.detach().flatten(0, 1), centers.detach()])
+        self.z = z.detach().flatten(0, 1)
+        self.k = torch.cat([self.z, centers.detach()])
         self.s = self.z.new_empty(len(self.z), len(self.k))
         self.dz, self.dk = torch.empty_like(self.z), torch.empty_like(self.k)
 
@@ -41,7 +45,8 @@ def long_tailed_labels(n, n_classes, imbalance=100, seed=0):
 def batch(B, V, D, C, seed=0):
     g = torch.Generator().manual_seed(seed)
     z = F.normalize(torch.randn(B, V, D, generator=g), dim=-1).requires_grad_()
-    return z, long_tailed_labels(B, C), F.normalize(torch.randn(C, D, generator=g), dim=-1).requires_grad_()
+    centers = F.normalize(torch.randn(C, D, generator=g), dim=-1).requires_grad_()
+    return z, long_tailed_labels(B, C), centers
 
 def forward_backward(f, *leaves):
     def step():
@@ -69,50 +74,53 @@ def candidates(B, V, D, C, with_plain):
     if with_plain: table["ACL plain"] = lambda: acl_loss_plain(z, labels, centers)
     supcon = peer(z, labels)
     if supcon and B * V <= 2048 and C <= 1000: table["SupConLoss (peer, no centres)"] = supcon
-    return {"three products": ThreeProducts(z, centers)} | {k: forward_backward(f, z, centers) for k, f in table.items()}
+    steps = {name: forward_backward(f, z, centers) for name, f in table.items()}
+    return {LIMIT: ThreeProducts(z, centers)} | steps
 
 def peak_bytes(step):
     "Most memory alive at one time above what was alive before."
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: step()
+    memory = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for e in sorted(memory, key=lambda e: e.start_ns()):
         alive += e.nbytes()
         peak = max(peak, alive)
     return peak
 
-HEAD = f"{'':32}{'ms':>9}{'× products':>12}{'× ACL batch':>13}{'peak, NK':>10}{'peak, MiB':>11}"
-
 def report(shape, rounds, with_plain, rows):
-    "Print and keep the figures of one shape."
+    "Measure one shape, print its table and keep its rows."
     B, V, D, C = shape
+    N, K = B * V, B * V + C
+    matrix = 4 * N * K
+    section = f"{B} images, {V} views, {D} dimensions, {C} classes"
+    print(f"\n{section}: N×K = {N} × {K}, one matrix = {matrix / 2**20:.1f} MiB")
+    print(f"{'':32}{'ms':>9}{'× products':>12}{'× ACL batch':>13}{'peak, NK':>10}{'peak, MiB':>11}")
     steps = candidates(*shape, with_plain)
     seconds = interleaved(steps, rounds)
-    matrix = 4 * B * V * (B * V + C)
-    section = f"{B} × {V} × {D}, {C} classes"
     rows.begin(section)
-    print(f"\n{B} images, {V} views, {D} dimensions, {C} classes: N×K = {B*V} × {B*V + C}, one matrix = {matrix / 2**20:.1f} MiB")
-    print(HEAD)
-    for case, s in seconds.items():
-        ms, peak = 1e3 * statistics.median(s), peak_bytes(steps[case])
-        ratios = {partner: median_ratio(s, seconds[partner]) for partner in ("three products", "ACL batch")}
-        rows.add(section, case, "time", ms, "ms")
-        for partner, ratio in ratios.items(): rows.add(section, case, "time", ratio, "×", partner)
-        rows.add(section, case, "peak", peak / 2**20, "MiB")
-        rows.add(section, case, "peak", peak / matrix, "N×K")
-        products, acl = ratios.values()
-        print(f"{case:32}{ms:9.1f}{products:12.2f}{acl:13.2f}{peak / matrix:10.2f}{peak / 2**20:11.1f}", flush=True)
+    for name, s in seconds.items():
+        ms, peak = 1e3 * statistics.median(s), peak_bytes(steps[name])
+        to_limit, to_ours = (median_ratio(s, seconds[partner]) for partner in (LIMIT, "ACL batch"))
+        rows.add(section, name, "time", ms, "ms")
+        rows.add(section, name, "time ratio", to_limit, "×", LIMIT)
+        rows.add(section, name, "time ratio", to_ours, "×", "ACL batch")
+        rows.add(section, name, "peak", peak / 2**20, "MiB")
+        rows.add(section, name, "peak", peak / matrix, "N×K")
+        print(f"{name:32}{ms:9.1f}{to_limit:12.2f}{to_ours:13.2f}{peak / matrix:10.2f}{peak / 2**20:11.1f}", flush=True)
     rows.write()
 
 def main():
+    every = range(len(SHAPES))
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds for each shape")
     ask.add_argument("--plain", action="store_true", help="the plain autograd form too")
-    ask.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help=f"which of {SHAPES}, by position")
-    kept(ask, "losses")
+    ask.add_argument("--shapes", type=int, nargs="*", default=every, help=f"which of {SHAPES}, by position")
+    out_option(ask, "losses")
     args = ask.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, float32; product: {matmul_route()} (ACL_NB_MATMUL=onednn tries the other)")
-    rows = Rows(args.out)
+    route = f"product: {matmul_route()} (ACL_NB_MATMUL=onednn tries the other)"
+    print(f"torch {torch.__version__}, one thread, float32; {route}")
+    rows = Rows(args.out, processor_name())
     for i in args.shapes: report(SHAPES[i], args.rounds, args.plain, rows)
 
 if __name__ == "__main__": main()

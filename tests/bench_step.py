@@ -1,6 +1,7 @@
 """A whole training step against the encoder alone, and against the published arrangement. `python tests/bench_step.py`
 
-CIFAR images, ResNet-32, 64 images with 3 views, one thread, processor time, interleaved rounds in one process, medians of the ratios of each round.
+CIFAR images, ResNet-32, 64 images with 3 views, one thread, processor time, interleaved rounds in one process,
+medians of the ratios of each round.
 """
 import argparse
 import statistics
@@ -15,14 +16,15 @@ from acl_nb.parts import Parts
 from acl_nb.probes import Probe
 from acl_nb.recipes import recipe
 from acl_nb.trainer import Training
-from benching import Rows, interleaved, kept, median_ratio
 from bench_views import published
+from benching import Rows, interleaved, median_ratio, out_option, processor_name
 
 B, V = 64, 3
 
 def noise(*args, **kwargs):
     "Random pixels in CIFAR's place: a step costs the same."
-    images = torch.randint(0, 256, (10 * B, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (10 * B, 3, 32, 32), dtype=torch.uint8, generator=g)
     data = ImageArray(images, torch.arange(10 * B) % 100)
     return LongTailed("noise", data, data, [str(i) for i in range(100)], (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 
@@ -42,7 +44,8 @@ def whole_step(run):
 def encoder_alone(run):
     "Forward and backward of the encoder in the same precision and layout."
     layout = torch.channels_last if run.parts.recipe.channels_last else torch.contiguous_format
-    x, encoder = torch.randn(B * V, 3, 32, 32).contiguous(memory_format=layout), run.parts.bare.encoder.train()
+    x = torch.randn(B * V, 3, 32, 32).contiguous(memory_format=layout)
+    encoder = run.parts.bare.encoder.train()
     def step():
         encoder.zero_grad(set_to_none=True)
         with run.parts.half(): y = encoder(x)
@@ -50,14 +53,20 @@ def encoder_alone(run):
     return step
 
 class Published:
-    "What published code does: torchvision transforms on one PIL image at a time, float32, channels first; the same network, loss and optimiser."
+    """What published code does: torchvision transforms on one PIL image at a time, float32, channels first;
+    the same network, loss and optimiser."""
     def __init__(self):
         self.run = training(precision="fp32", channels_last=False)
-        data = self.run.parts.data
-        self.images, self.labels = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in data.train.images], data.train.labels
-        regular, sim = (published(policy) for policy in ("cifar_regular", "cifar_sim"))
-        self.batches = cycle([list(range(first, first + B)) for first in range(0, len(self.images), B)])
-        self.run.parts.views = lambda images, ids, epoch: torch.stack([torch.stack([view(self.images[i]) for view in [regular] + [sim] * (V - 1)]) for i in ids.tolist()])
+        train = self.run.parts.data.train
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in train.images]
+        self.labels = train.labels
+        self.transforms = [published("cifar_regular")] + [published("cifar_sim")] * (V - 1)
+        firsts = range(0, len(self.images), B)
+        self.batches = cycle([list(range(first, first + B)) for first in firsts])
+        self.run.parts.views = self.views
+
+    def views(self, images, ids, epoch):
+        return torch.stack([torch.stack([view(self.images[i]) for view in self.transforms]) for i in ids.tolist()])
 
     def __call__(self):
         ids = torch.tensor(next(self.batches))
@@ -67,42 +76,45 @@ def parts_of_a_step(run):
     "What the rest of a step consists of; and one measurement of a probe, which is made in one step of ten."
     p = run.parts
     images, labels, ids = next(iter(p.loader))
-    out, grads = p.network(p.views(images, ids, 0)), [torch.randn_like(q) for q in p.bare.parameters()]
+    out = p.network(p.views(images, ids, 0))
+    grads = [torch.randn_like(q) for q in p.bare.parameters()]
     z, logits = out.z.detach().requires_grad_(), out.logits.detach().requires_grad_()
-    def loss(): p.objective(out._replace(z=z, logits=logits, centers=out.centers.detach()), labels)[0].backward()
+    leaves = out._replace(z=z, logits=logits, centers=out.centers.detach())
+    values = out._replace(z=z.detach(), logits=logits.detach())
     probe = Probe(p.recipe)
+    def loss(): p.objective(leaves, labels)[0].backward()
     def update():
         for q, g in zip(p.bare.parameters(), grads): q.grad = g
         p.optimizer.step()
-    return {"views": lambda: p.views(images, ids, 0), "loss": loss, "optimiser": update, "a probe": lambda: probe.measure(p.objective, out._replace(z=z.detach(), logits=logits.detach()), labels)}
+    return {"views": lambda: p.views(images, ids, 0), "loss": loss, "optimiser": update,
+            "a probe": lambda: probe.measure(p.objective, values, labels)}
 
 def report(rounds, rows):
-    "Print and keep the figures of both settings."
-    for name, settings in {"a CPU user's defaults": {}, "float32": dict(precision="fp32")}.items():
+    "Measure a step as a CPU user has it and in float32; print, and keep the rows."
+    for section, settings in {"a CPU user's defaults": {}, "float32": dict(precision="fp32")}.items():
         run = training(**settings)
-        whole = {"encoder alone": encoder_alone(run), "whole step": whole_step(run), "published": Published()}
-        steps = whole | parts_of_a_step(training(**settings))
-        seconds = interleaved(steps, rounds)
+        steps = {"encoder alone": encoder_alone(run), "whole step": whole_step(run), "published": Published()}
+        seconds = interleaved(steps | parts_of_a_step(training(**settings)), rounds)
         r = run.parts.recipe
-        layout = "last" if r.channels_last else "first"
-        print(f"\n{name}: {run.parts.setup['precision']}, channels {layout}; {B} images, {V} views, {r.encoder}, {r.policy}")
-        rows.begin(name)
-        for case, s in seconds.items():
+        print(f"\n{section}: {run.parts.setup['precision']}, channels {'last' if r.channels_last else 'first'}; "
+              f"{B} images, {V} views, {r.encoder}, {r.policy}")
+        rows.begin(section)
+        for name, s in seconds.items():
             ms = 1e3 * statistics.median(s)
-            encoder, published = (median_ratio(s, seconds[partner]) for partner in ("encoder alone", "published"))
-            rows.add(name, case, "time", ms, "ms")
-            rows.add(name, case, "time", encoder, "×", "encoder alone")
-            rows.add(name, case, "time", published, "×", "published")
-            print(f"{case:18}{ms:9.1f} ms{encoder:8.3f} × encoder alone{published:8.3f} × published")
+            ratios = {partner: median_ratio(s, seconds[partner]) for partner in ("encoder alone", "published")}
+            rows.add(section, name, "time", ms, "ms")
+            for partner, ratio in ratios.items(): rows.add(section, name, "time ratio", ratio, "×", partner)
+            said = "".join(f"{ratio:8.3f} × {partner}" for partner, ratio in ratios.items())
+            print(f"{name:18}{ms:9.1f} ms{said}", flush=True)
         rows.write()
 
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
-    kept(ask, "step")
+    out_option(ask, "step")
     args = ask.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread")
-    report(args.rounds, Rows(args.out))
+    report(args.rounds, Rows(args.out, processor_name()))
 
 if __name__ == "__main__": main()
