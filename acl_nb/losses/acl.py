@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from .tiled import Weights, tiled_loss
-from ..pairs import check_negatives, check_pairs, column_and_row, contrast, masked_logsumexp, negative_weights
+from ..pairs import check_negatives, check_pairs, column_and_row
+from ..pairs import contrast, masked_logsumexp, negative_weights
 
 # %% ../../nbs/33_losses.acl.ipynb #f9e94c4c
 def _terms(c, log_w, aligned):
     "[N, K] -log of each positive's share; entries that are not positive are meaningless."
     if not aligned:
-        every = c.positive | c.negative
-        return masked_logsumexp(torch.where(c.negative, c.sim + log_w, c.sim), every)[:, None] - c.sim
+        weighted = torch.where(c.negative, c.sim + log_w, c.sim)
+        return masked_logsumexp(weighted, c.positive | c.negative)[:, None] - c.sim
     log_W = masked_logsumexp(c.sim + log_w, c.negative)[:, None]
     t = torch.where(log_W > -torch.inf, log_W, 0) - c.sim
-    return torch.where(log_W > -torch.inf, F.softplus(t, threshold=40), 0)   # softplus's default threshold costs digits
+    terms = F.softplus(t, threshold=40)    # softplus's default threshold costs digits
+    return torch.where(log_W > -torch.inf, terms, 0)
 
 # %% ../../nbs/33_losses.acl.ipynb #5c9722e3
 def acl_loss_plain(
@@ -55,8 +57,8 @@ def acl_loss(
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels
     check_negatives(negatives, class_counts, int(key_labels.max()) + 1)
-    weights = Weights(*column_and_row(batch.labels, key_labels, negatives, class_counts, batch.z.dtype))
-    return tiled_loss(*batch, temperature, aligned, weights)
+    of_keys, of_rows = column_and_row(batch.labels, key_labels, negatives, class_counts, batch.z.dtype)
+    return tiled_loss(*batch, temperature, aligned, Weights(of_keys, of_rows))
 
 # %% ../../nbs/33_losses.acl.ipynb #a4a6f4ae
 class ACLLoss(nn.Module):
@@ -64,13 +66,15 @@ class ACLLoss(nn.Module):
     def __init__(self,
         temperature:float=0.1,  # τ > 0
         aligned:bool=True,      # a term's denominator holds its own positive and the negatives only
-        negatives:str="batch",  # batch | prior | adjusted | none
+        negatives:str="batch",  # weight of the negatives: batch | prior | adjusted | none
         class_counts=None,      # [C] training images of each class, for "prior" and "adjusted"
     ):
         super().__init__()
         check_negatives(negatives, class_counts, 0)
         self.temperature, self.aligned, self.negatives = temperature, aligned, negatives
-        self.register_buffer("class_counts", None if class_counts is None else torch.as_tensor(class_counts))
+        counts = None if class_counts is None else torch.as_tensor(class_counts)
+        self.register_buffer("class_counts", counts)
 
     def forward(self, z, labels, centers=None): # [B, V, D], [B], [C, D] -> scalar
-        return acl_loss(z, labels, centers, self.temperature, self.aligned, self.negatives, self.class_counts)
+        settings = self.temperature, self.aligned, self.negatives, self.class_counts
+        return acl_loss(z, labels, centers, *settings)

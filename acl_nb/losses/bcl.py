@@ -14,8 +14,11 @@ from .tiled import Weights, tiled_loss
 from ..pairs import check_pairs, column_and_row, contrast, key_counts, masked_logsumexp
 
 # %% ../../nbs/34_losses.bcl.ipynb #16eec909
-def _check_given(centers): require(centers is not None, "`centers` must be given: in BCL every class has a key in every batch")
+def _check_given(centers):
+    rule = "`centers` must be given: in BCL every class has a key in every batch"
+    require(centers is not None, rule)
 
+# %% ../../nbs/34_losses.bcl.ipynb #bc100003
 def bcl_loss_plain(
     z:torch.Tensor,         # [B, V, D] unit length
     labels:torch.Tensor,    # [B] in 0..C-1
@@ -25,7 +28,8 @@ def bcl_loss_plain(
     "`bcl_loss` with whole matrices, for reading and for autograd."
     _check_given(centers)
     c = contrast(z, labels, temperature, centers)
-    b = key_counts(c.key_labels)[c.key_labels] - (~c.negative).long()     # [N, K] b', the anchor itself not counted
+    own_class = (~c.negative).long()                          # [N, K] key of the anchor's class
+    b = key_counts(c.key_labels)[c.key_labels] - own_class    # [N, K] b'
     lse = masked_logsumexp(c.sim - b.to(c.sim.dtype).log(), c.positive | c.negative)
     mean_pos = torch.where(c.positive, c.sim, 0).sum(1) / c.positive.sum(1)
     return (lse - mean_pos).mean()
@@ -40,9 +44,11 @@ def bcl_loss(
     "Balanced contrastive loss (Zhu et al. 2022)."
     _check_given(centers)
     batch = check_pairs(z, labels, temperature, centers)
-    log_b, _ = column_and_row(batch.labels, batch.key_labels, "batch", dtype=batch.z.dtype)     # −log b
-    own = -(torch.exp(-log_b[:len(batch.z)]) - 1).log()                                    # −log b', the anchor itself not counted
-    return tiled_loss(*batch, temperature, aligned=False, weights=Weights(key=log_b, own=own))
+    # log-weights: −log b for every negative key, −log b' for the positives of every anchor
+    key, _ = column_and_row(batch.labels, batch.key_labels, "batch", dtype=batch.z.dtype)
+    b = torch.exp(-key[:len(batch.z)])             # [N] keys of the anchor's class, itself included
+    own = -(b - 1).log()                           # [N]
+    return tiled_loss(*batch, temperature, aligned=False, weights=Weights(key=key, own=own))
 
 # %% ../../nbs/34_losses.bcl.ipynb #c632d69a
 class BCLLoss(nn.Module):
