@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 # %% ../nbs/00_checks.ipynb #f7919534
 class BadInput(ValueError):
-    "An argument, a file or a setting breaks a stated rule; the message is one sentence for the user."
+    "An argument, a file or a setting breaks a stated rule; its message is one sentence for users."
 
 # %% ../nbs/00_checks.ipynb #077d7f50
 def require(
@@ -23,11 +23,11 @@ def require(
 
 # %% ../nbs/00_checks.ipynb #cb47ce87
 def choose(
-    name:str,    # the name asked for
+    name:str,    # the name that was asked for
     table:dict,  # what there is, by name
     what:str,    # what the names are names of, for the message
 ):
-    "`table[name]`; an unknown `name` is answered with the nearest ones, or with all when none is near."
+    "`table[name]`; the error for an unknown `name` names the nearest ones, or all if none is near."
     if name in table: return table[name]
     near = get_close_matches(str(name), list(table), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(table)}"

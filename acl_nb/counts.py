@@ -17,33 +17,43 @@ from .checks import require
 KINDS = ("exp", "step", "balanced")
 
 def _profile(n_classes, n_max, imbalance, kind):
-    if kind == "balanced": return [int(n_max)] * n_classes
-    if kind == "step":     return [int(n_max) if j < n_classes // 2 else int(n_max / imbalance) for j in range(n_classes)]
+    "Counts of all classes, as a list."
+    if kind == "balanced":
+        return [int(n_max)] * n_classes
+    if kind == "step":
+        half = n_classes // 2
+        return [int(n_max)] * half + [int(n_max / imbalance)] * (n_classes - half)
     return [int(n_max * (1 / imbalance) ** (j / max(1, n_classes - 1))) for j in range(n_classes)]
 
 # %% ../nbs/01_counts.ipynb #20628403
 def class_counts(
     n_classes:int,        # C, at least 1
-    n_max:float,          # images of the largest class; a real number, for data sets whose size is no multiple of C
+    n_max:float,          # images of the largest class; need not be an integer
     imbalance:float=100,  # IF = largest count / smallest count, at least 1
     kind:str="exp",       # exp | step | balanced
 ) -> torch.Tensor:        # int64[C], class 0 the largest
     "Images that each class keeps (Cui et al. 2019; Cao et al. 2019, LDAM)."
     require(kind in KINDS, f"`kind` must be one of {', '.join(KINDS)}", repr(kind))
     require(n_classes >= 1, "`n_classes` must be at least 1", n_classes)
-    require(imbalance >= 1, "`imbalance` is largest count / smallest count and must be at least 1", imbalance)
-    require(math.isfinite(n_max) and math.isfinite(imbalance), "`n_max` and `imbalance` must be finite", f"{n_max}, {imbalance}")
+    rule = "`imbalance` is largest count / smallest count and must be at least 1"
+    require(imbalance >= 1, rule, imbalance)
+    finite = math.isfinite(n_max) and math.isfinite(imbalance)
+    require(finite, "`n_max` and `imbalance` must be finite", f"{n_max}, {imbalance}")
     counts = _profile(n_classes, n_max, imbalance, kind)
-    require(min(counts) >= 1, "every class must keep at least one image", f"{min(counts)} of {n_max:g} at imbalance {imbalance:g}")
+    got = f"{min(counts)} of {n_max:g} at imbalance {imbalance:g}"
+    require(min(counts) >= 1, "every class must keep at least one image", got)
     return torch.tensor(counts)
 
 # %% ../nbs/01_counts.ipynb #fae5bc2e
 def _check_supply(targets, counts):
-    "Each class must own as many images as it is asked to keep, and every label must be a class."
+    "Refuse labels that are no class, and classes with fewer images than they should keep."
     have = np.bincount(targets, minlength=len(counts))
-    require(len(have) == len(counts), f"`targets` must lie in 0..{len(counts) - 1}, as there are {len(counts)} counts", f"label {len(have) - 1}")
+    rule = f"`targets` must lie in 0..{len(counts) - 1}, as there are {len(counts)} counts"
+    require(len(have) == len(counts), rule, f"label {len(have) - 1}")
     short = np.flatnonzero(have < counts)
-    if len(short): require(False, f"class {short[0]} must have {counts[short[0]]} images to keep", have[short[0]])
+    if len(short) > 0:
+        c = short[0]
+        require(False, f"class {c} must have {counts[c]} images to keep", have[c])
 
 # %% ../nbs/01_counts.ipynb #8f75dd93
 def long_tail_indices(
@@ -53,8 +63,10 @@ def long_tail_indices(
 ) -> torch.Tensor:    # int64[sum(counts)], class by class, in the order drawn
     "The literature's choice of images for a long-tailed subset (CIFAR-LT since LDAM)."
     targets, counts = np.asarray(targets), np.asarray(counts)
-    require(targets.ndim == 1 and targets.size > 0 and targets.min() >= 0, "`targets` must be a non-empty list of labels >= 0", f"shape {targets.shape}")
-    require(counts.ndim == 1 and (counts >= 0).all(), "`counts` must be a list of numbers of images, at least 0", counts.tolist())
+    labels = targets.ndim == 1 and targets.size > 0 and targets.min() >= 0
+    require(labels, "`targets` must be a non-empty list of labels >= 0", f"shape {targets.shape}")
+    numbers = counts.ndim == 1 and (counts >= 0).all()
+    require(numbers, "`counts` must be a list of numbers of images, at least 0", counts.tolist())
     _check_supply(targets, counts)
     rng, kept = np.random.RandomState(seed), []
     for c, n in enumerate(counts):
@@ -78,10 +90,11 @@ def shot_groups(
 # %% ../nbs/01_counts.ipynb #a73ddc8d
 def log_prior(
     counts,               # [C] training images of each class, each at least 1
-    dtype=torch.float32,  # of the result
+    dtype=torch.float32,  # floating-point type of the result
 ) -> torch.Tensor:        # [C], log(n_j / Σn)
     "Log of the class frequencies (Menon et al. 2021; Ren et al. 2020, balanced softmax)."
     n = torch.as_tensor(counts).cpu().double()     # not every device has float64
     require(n.ndim == 1 and n.numel() > 0, "`counts` must be a list of class counts", f"shape {tuple(n.shape)}")
-    require(bool((n > 0).all()), "every class must have at least one image", f"{n.min():g} in class {int(n.argmin())}")
+    got = f"{n.min():g} in class {int(n.argmin())}"
+    require(bool((n > 0).all()), "every class must have at least one image", got)
     return (n / n.sum()).log().to(dtype)

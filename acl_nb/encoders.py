@@ -49,21 +49,30 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 # %% ../nbs/40_encoders.ipynb #fd3b8d93
+def _stage(in_channels, out_channels, blocks, stride):
+    "Blocks of one width, the first of which changes channels and size."
+    first = BasicBlock(in_channels, out_channels, stride)
+    return [first] + [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+
+# %% ../nbs/40_encoders.ipynb #2356b157
 class CifarResNet(nn.Module):
     "Residual network for small images (He et al. 2016, section 4.2; option A shortcuts), without its classifier."
     def __init__(self,
         depth:int=32,        # 6n + 2: 8, 14, 20, 32, 44, 56, …
-        in_channels:int=3,   # 1 for grey images
+        in_channels:int=3,   # channels of the images, 1 if they are grey
         width:int=16,        # channels of the first stage
-        stride:int=1,        # of the first convolution; 2 halves the resolution and quarters the cost
+        stride:int=1,        # of the first convolution; 2 halves the resolution of all stages
     ):
         super().__init__()
         require(depth >= 8 and depth % 6 == 2, "`depth` must be 6n + 2, as 8, 20 or 32", depth)
-        widths, blocks = [width, width, 2*width, 4*width], (depth - 2) // 6
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.stages = nn.Sequential(*[BasicBlock(widths[s] if b == 0 else widths[s+1], widths[s+1], 2 if b == 0 and s > 0 else 1)
-                                      for s in range(3) for b in range(blocks)])
-        self.out_dim = widths[-1]
+        blocks = (depth - 2) // 6
+        convolution = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
+        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(
+            *_stage(width, width, blocks, 1),
+            *_stage(width, 2*width, blocks, 2),
+            *_stage(2*width, 4*width, blocks, 2))
+        self.out_dim = 4*width
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
 
@@ -71,7 +80,8 @@ class CifarResNet(nn.Module):
         return self.stages(self.stem(x)).mean((2, 3))
 
 # %% ../nbs/40_encoders.ipynb #7ab9136c
-_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+                "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 
 def _torchvision(name, in_channels):
     net = get_model(name, weights=None)
@@ -82,7 +92,8 @@ def _torchvision(name, in_channels):
 # %% ../nbs/40_encoders.ipynb #85b43dd7
 def _timm():
     try: import timm
-    except ImportError: raise BadInput("an encoder `timm/…` needs timm: pip install 'acl_nb[timm]'") from None
+    except ImportError:
+        raise BadInput("an encoder `timm/…` needs timm: pip install 'acl_nb[timm]'") from None
     return timm
 
 def _from_timm(name, in_channels, **settings):
@@ -94,19 +105,20 @@ def _from_timm(name, in_channels, **settings):
 ENCODERS = {
     "resnet32": lambda in_channels: CifarResNet(32, in_channels),
     "resnet20": lambda in_channels: CifarResNet(20, in_channels),
-    "resnet8":  lambda in_channels: CifarResNet(8, in_channels, width=32),   # for 8×8 and 28×28 images
-    "resnet8_tiny": lambda in_channels: CifarResNet(8, in_channels, stride=2),   # for studies of many runs: an eleventh of resnet8's work
+    "resnet8": lambda in_channels: CifarResNet(8, in_channels, width=32),
+    "resnet8_tiny": lambda in_channels: CifarResNet(8, in_channels, stride=2),
     **{name: partial(_torchvision, name) for name in _TORCHVISION},
 }
 
 # %% ../nbs/40_encoders.ipynb #04805a66
 def find_encoder(
     name:str,  # a key of `ENCODERS`, or timm/NAME
-):             # function of the number of channels
-    "What builds an encoder; a name that there is not is answered with the nearest ones."
-    if not name.startswith("timm/"): return choose(name, ENCODERS, "encoder")
+):             # function of the number of channels, which builds the encoder
+    "The function that builds an encoder of this name."
+    if not name.startswith("timm/"):
+        return choose(name, ENCODERS, "encoder")
     timm, name = _timm(), name.removeprefix("timm/")
-    choose(name.split(".")[0], dict.fromkeys(timm.list_models()), "model of timm")      # NAME.TAG also names weights
+    choose(name.split(".")[0], dict.fromkeys(timm.list_models()), "model of timm")
     return partial(_from_timm, name)
 
 # %% ../nbs/40_encoders.ipynb #13965d9a
@@ -119,17 +131,22 @@ def encoder(
 
 # %% ../nbs/40_encoders.ipynb #d90e04d7
 def _published(name):
-    "(function that gives an encoder's published weights, where a file of them belongs)"
-    if name.startswith("timm/"): return lambda: _from_timm(name.removeprefix("timm/"), 3, pretrained=True).state_dict(), "its file from the Hugging Face hub into the cache there"
+    "(function that fetches an encoder's published weights, where a file of them belongs)"
+    if name.startswith("timm/"):
+        fetch = lambda: _from_timm(name.removeprefix("timm/"), 3, pretrained=True).state_dict()
+        return fetch, "its file from the Hugging Face hub into the cache there"
     weights = get_model_weights(name)
     weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)
-    return lambda: weights.get_state_dict(progress=False, check_hash=True), f"{weights.url} into {torch.hub.get_dir()}/checkpoints"
+    fetch = lambda: weights.get_state_dict(progress=False, check_hash=True)
+    return fetch, f"{weights.url} into {torch.hub.get_dir()}/checkpoints"
 
 def _weights_of(name):
-    "State dict of an encoder's published weights."
+    "State dict of an encoder's published weights, without the classifier's."
     fetch, place = _published(name)
     try: state = fetch()
-    except (OSError, RuntimeError) as e: raise BadInput(f"the pretrained weights of {name} cannot be fetched ({' '.join(str(e).split())}): put {place}") from None
+    except (OSError, RuntimeError) as e:
+        reason = " ".join(str(e).split())
+        raise BadInput(f"the pretrained weights of {name} cannot be fetched ({reason}): put {place}") from None
     return {k: v for k, v in state.items() if not k.startswith("fc.")}
 
 # %% ../nbs/40_encoders.ipynb #1fbfa9c7
@@ -138,13 +155,15 @@ def load_pretrained(
     name:str,       # one of torchvision's, or timm/NAME
 ):
     "Give an encoder its published weights; fetches them where this machine does not have them yet."
-    require(name in _TORCHVISION or name.startswith("timm/"), "`pretrained` weights are those of torchvision's and timm's encoders", name)
-    require(next(net.parameters()).shape[1:2] == (3,), "`pretrained` weights are for images with 3 channels", next(net.parameters()).shape[1])
+    published = name in _TORCHVISION or name.startswith("timm/")
+    require(published, "`pretrained` weights are those of torchvision's and timm's encoders", name)
+    first = next(net.parameters())
+    require(first.shape[1:2] == (3,), "`pretrained` weights are for images with 3 channels", first.shape[1])
     net.load_state_dict(_weights_of(name))
 
 # %% ../nbs/40_encoders.ipynb #06bc62cd
 def freeze_early(
-    net:nn.Module,  # one of torchvision's ResNets
+    net:nn.Module,  # one of torchvision's ResNets or ResNeXts
 ):
     "Freeze the convolutions before the last block."
     require(hasattr(net, "layer4"), "`freeze` is for torchvision's ResNets and ResNeXts", type(net).__name__)

@@ -16,12 +16,14 @@ from .checks import require
 class ProjectionHead(nn.Module):
     "Two-layer perceptron onto the unit sphere (Chen et al. 2020, SimCLR)."
     def __init__(self,
-        in_dim:int,   # of the features
+        in_dim:int,   # length of a feature vector
         hidden:int,   # width of the hidden layer
-        dim:int,      # D, of the embeddings
+        dim:int,      # D, length of an embedding
     ):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(in_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, dim))
 
     def forward(self, x): # [N, in_dim] -> [N, D] unit length
         return F.normalize(self.layers(x), dim=-1)
@@ -30,13 +32,14 @@ class ProjectionHead(nn.Module):
 class CosineClassifier(nn.Module):
     "Logits are scaled cosines between features and class weights (Gidaris and Komodakis 2018)."
     def __init__(self,
-        in_dim:int,        # of the features
-        n_classes:int,     # C
-        scale:float=30.0,  # of the cosines
+        in_dim:int,        # length of a feature vector
+        n_classes:int,     # C, number of classes
+        scale:float=30.0,  # factor of the cosines, positive
     ):
         super().__init__()
         require(scale > 0, "`scale` must be positive", scale)
-        self.weight, self.scale = nn.Parameter(torch.randn(n_classes, in_dim) / in_dim**0.5), scale
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(n_classes, in_dim) / in_dim**0.5)
 
     def forward(self, x): # [N, in_dim] -> [N, C] logits
         return self.scale * F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
@@ -45,13 +48,15 @@ class CosineClassifier(nn.Module):
 class CentersFromWeights(nn.Module):
     "Class centres from the classifier's weights through a perceptron (Zhu et al. 2022, BCL)."
     def __init__(self,
-        in_dim:int,   # of the classifier's weights
+        in_dim:int,   # length of a class weight
         hidden:int,   # width of the hidden layer
-        dim:int,      # D, of the embeddings
+        dim:int,      # D, length of an embedding
     ):
         super().__init__()
-        spread = nn.BatchNorm1d(hidden, track_running_stats=False)       # over the classes, which are all there every time
-        self.layers = nn.Sequential(nn.Linear(in_dim, hidden, bias=False), spread, nn.ReLU(), nn.Linear(hidden, dim))
+        spread = nn.BatchNorm1d(hidden, track_running_stats=False)       # over the classes
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim, hidden, bias=False), spread, nn.ReLU(),
+            nn.Linear(hidden, dim))
 
     def forward(self, weight): # [C, in_dim] -> [C, D] unit length
         return F.normalize(self.layers(weight), dim=-1)
@@ -60,11 +65,11 @@ class CentersFromWeights(nn.Module):
 class FreeCenters(nn.Module):
     "Class centres as free parameters."
     def __init__(self,
-        n_classes:int,  # C
-        dim:int,        # D, of the embeddings
+        n_classes:int,  # C, number of classes
+        dim:int,        # D, length of an embedding
     ):
         super().__init__()
         self.points = nn.Parameter(F.normalize(torch.randn(n_classes, dim), dim=-1))
 
-    def forward(self, weight=None): # the classifier's weights, not used -> [C, D] unit length
+    def forward(self, weight=None): # [C, in_dim], not read -> [C, D] unit length
         return F.normalize(self.points, dim=-1)

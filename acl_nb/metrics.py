@@ -19,11 +19,13 @@ from .counts import shot_groups
 def per_class_accuracy(
     predictions,    # [n] predicted classes
     labels,         # [n] true classes
-    n_classes:int,  # C
+    n_classes:int,  # C, number of classes
 ) -> list:          # C fractions; None for a class without a test image
     "Share of each class's test images that are classified rightly."
     predictions, labels = torch.as_tensor(predictions), torch.as_tensor(labels)
-    require(len(labels) > 0 and predictions.shape == labels.shape, "`predictions` and `labels` must be [n], n >= 1", f"{list(predictions.shape)}, {list(labels.shape)}")
+    got = f"{list(predictions.shape)}, {list(labels.shape)}"
+    alike = len(labels) > 0 and predictions.shape == labels.shape
+    require(alike, "`predictions` and `labels` must be [n], n >= 1", got)
     total = torch.bincount(labels, minlength=n_classes)
     right = torch.bincount(labels[predictions == labels], minlength=n_classes)
     return [r / t if t else None for r, t in zip(right.tolist(), total.tolist())]
@@ -36,37 +38,46 @@ def group_accuracy(
     few:int=20,      # a class with fewer than this is "few"
 ) -> dict:           # {"many": .., "medium": .., "few": ..}; None for an empty group
     "Mean over the classes of each group."
-    groups = {k: [per_class[i] for i in ids.tolist() if per_class[i] is not None] for k, ids in shot_groups(counts, many, few).items()}
-    return {k: sum(v) / len(v) if v else None for k, v in groups.items()}
+    means = {}
+    for name, ids in shot_groups(counts, many, few).items():
+        tested = [per_class[i] for i in ids.tolist() if per_class[i] is not None]
+        means[name] = sum(tested) / len(tested) if tested else None
+    return means
 
 # %% ../nbs/44_metrics.ipynb #8726f9bc
 def _bins(confidence, bins):
-    "(confidences as float64, bin of each)"
+    "(confidences as float64 [n], bin of each [n])"
     confidence = torch.as_tensor(confidence).double()
     return confidence, (confidence * bins).long().clamp(max=bins - 1)
+
+def _sum_per_bin(values, bin_of, bins):
+    "float64 [bins]"
+    return torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, values.double())
 
 # %% ../nbs/44_metrics.ipynb #8373243e
 def reliability(
     confidence,   # [n] probability of the predicted class
     correct,      # [n] bool, was the prediction right?
-    bins:int=15,  # equal bins over 0..1
-) -> dict:        # images, confidence, accuracy: each [bins] numbers; of an empty bin the last two are None
+    bins:int=15,  # number of equal bins over 0..1
+) -> dict:        # images, confidence, accuracy: [bins] each; the last two None in an empty bin
     "How often a prediction is right, by how sure it is."
-    confidence, b = _bins(confidence, bins)
-    sums = lambda values: torch.zeros(bins, dtype=torch.float64).index_add_(0, b, values.double()).tolist()
-    n, sure, right = sums(torch.ones_like(confidence)), sums(confidence), sums(torch.as_tensor(correct))
-    mean = lambda total: [t / k if k else None for t, k in zip(total, n)]
-    return {"images": [int(k) for k in n], "confidence": mean(sure), "accuracy": mean(right)}
+    confidence, bin_of = _bins(confidence, bins)
+    images = _sum_per_bin(torch.ones_like(confidence), bin_of, bins).int().tolist()
+    sure = _sum_per_bin(confidence, bin_of, bins).tolist()
+    right = _sum_per_bin(torch.as_tensor(correct), bin_of, bins).tolist()
+    return {"images": images,
+            "confidence": [total / n if n else None for total, n in zip(sure, images)],
+            "accuracy": [total / n if n else None for total, n in zip(right, images)]}
 
 # %% ../nbs/44_metrics.ipynb #31b189aa
 def calibration_error(
     confidence,   # [n] probability of the predicted class
     correct,      # [n] bool, was the prediction right?
-    bins:int=15,  # equal bins over 0..1
+    bins:int=15,  # number of equal bins over 0..1
 ) -> float:       # 0 is perfect, 1 the worst
     "Expected calibration error (Guo et al. 2017)."
-    confidence, b = _bins(confidence, bins)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, b, confidence - torch.as_tensor(correct).double())
+    confidence, bin_of = _bins(confidence, bins)
+    gap = _sum_per_bin(confidence - torch.as_tensor(correct).double(), bin_of, bins)
     return (gap.abs().sum() / len(confidence)).item()
 
 # %% ../nbs/44_metrics.ipynb #32234c9e
@@ -76,12 +87,15 @@ def evaluate(
     counts,               # [C] training images of each class
 ) -> dict:                # top1, many, medium, few, per_class, ece; fractions in 0..1 or None
     "What a run reports of a test set."
-    require(logits.shape == (len(labels), len(counts)), f"`logits` must be [{len(labels)}, {len(counts)}]", list(logits.shape))
+    expected = [len(labels), len(counts)]
+    require(list(logits.shape) == expected, f"`logits` must be {expected}", list(logits.shape))
     confidence, predicted = logits.float().softmax(1).max(1)
     right = predicted == labels
     per_class = per_class_accuracy(predicted, labels, len(counts))
-    return {"top1": right.double().mean().item(), **group_accuracy(per_class, counts),
-            "per_class": per_class, "ece": calibration_error(confidence, right)}
+    return {"top1": right.double().mean().item(),
+            **group_accuracy(per_class, counts),
+            "per_class": per_class,
+            "ece": calibration_error(confidence, right)}
 
 # %% ../nbs/44_metrics.ipynb #c645e8d4
 def predictions(
@@ -96,7 +110,7 @@ def predictions(
 def confusion(
     predicted,      # [n] predicted classes
     labels,         # [n] true classes
-    n_classes:int,  # C
+    n_classes:int,  # C, number of classes
 ) -> torch.Tensor:  # int64 [C, C]: images of the row's class that were taken for the column's
     "Confusion matrix."
     pairs = torch.as_tensor(labels).long() * n_classes + torch.as_tensor(predicted).long()
@@ -104,14 +118,15 @@ def confusion(
 
 # %% ../nbs/44_metrics.ipynb #831f6bc9
 def _class_sums(z, labels):
-    "[classes that are there, D] sums and their sizes, float64."
-    _, place, n = labels.long().unique(return_inverse=True, return_counts=True)
-    return torch.zeros(len(n), z.shape[1], dtype=torch.float64).index_add_(0, place, z.double()), n.double()
+    "Sums [classes present, D] and sizes [classes present], float64."
+    _, place, sizes = labels.long().unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(sizes), z.shape[1], dtype=torch.float64)
+    return sums.index_add_(0, place, z.double()), sizes.double()
 
 # %% ../nbs/44_metrics.ipynb #de255d0d
 def alignment(
     z:torch.Tensor,       # [n, D] unit length
-    labels:torch.Tensor,  # [n]
+    labels:torch.Tensor,  # [n] true classes
 ) -> float:               # 0..4; None when no class has two images
     "Mean squared distance of two images of a class, averaged over classes."
     sums, n = _class_sums(z, labels)
@@ -121,20 +136,25 @@ def alignment(
 # %% ../nbs/44_metrics.ipynb #c1ab26a7
 def uniformity(
     z:torch.Tensor,  # [n, D] unit length, n >= 2
-    rows:int=2048,   # at once
+    rows:int=2048,   # images compared with all others at once
 ) -> float:          # at most 0; lower is more even
     "Logarithm of the mean Gaussian potential of all pairs (Wang & Isola 2020, t = 2)."
     require(len(z) > 1, "`z` must hold at least two rows", len(z))
-    total = sum((4 * (part @ z.T) - 4).exp().double().sum().item() for part in z.float().split(rows))        # ‖x−y‖² = 2 − 2 x·y
-    return math.log(max(total - len(z), 1e-300) / (len(z) * (len(z) - 1)))
+    total = 0.0
+    for part in z.float().split(rows):
+        potential = (4 * (part @ z.T) - 4).exp()         # since |x − y|² = 2 − 2 x·y
+        total += potential.double().sum().item()
+    pairs = len(z) * (len(z) - 1)
+    return math.log(max(total - len(z), 1e-300) / pairs)     # without each image's pair with itself
 
 # %% ../nbs/44_metrics.ipynb #8bf3da26
 def center_separation(
     z:torch.Tensor,       # [n, D] unit length
-    labels:torch.Tensor,  # [n]
+    labels:torch.Tensor,  # [n] true classes
 ) -> float:               # degrees, 0..180; None with one class
     "Angle of a class's mean direction to the nearest other one, averaged over classes."
     centers = F.normalize(_class_sums(z, labels)[0], dim=1)
-    if len(centers) < 2: return None
+    if len(centers) < 2:
+        return None
     nearest = (centers @ centers.T).fill_diagonal_(-2).max(1).values
     return nearest.clamp(-1, 1).acos().rad2deg().mean().item()

@@ -30,24 +30,29 @@ class Output(NamedTuple):
     centers: torch.Tensor   # [C, D] unit length, or None
 
 # %% ../nbs/43_networks.ipynb #4108c649
-CLASSIFIERS = {"linear": lambda d, c, scale: nn.Linear(d, c), "cosine": CosineClassifier}
-CENTERS = {"weights": lambda c, d, hidden, dim: CentersFromWeights(d, hidden, dim),
-            "free":    lambda c, d, hidden, dim: FreeCenters(c, dim),
-            "none":    lambda c, d, hidden, dim: None}
+CLASSIFIERS = {
+    "linear": lambda d, c, scale: nn.Linear(d, c),
+    "cosine": CosineClassifier,
+}
+CENTERS = {
+    "weights": lambda c, d, hidden, dim: CentersFromWeights(d, hidden, dim),
+    "free": lambda c, d, hidden, dim: FreeCenters(c, dim),
+    "none": lambda c, d, hidden, dim: None,
+}
 READOUTS = ("classifier", "centers")
 
 # %% ../nbs/43_networks.ipynb #7342ab83
 class Network(nn.Module):
     "Encoder with a projection head, a classifier and class centres."
     def __init__(self,
-        n_classes:int,               # C
-        in_channels:int=3,           # of the images
+        n_classes:int,               # C, number of classes
+        in_channels:int=3,           # channels of the images
         encoder_name:str="resnet32", # a key of `ENCODERS`
-        dim:int=128,                 # D, of the embeddings
+        dim:int=128,                 # D, length of an embedding
         hidden:int=512,              # width of the projection's hidden layer
         classifier:str="linear",     # linear | cosine
-        scale:float=30.0,            # of cosines: those of the cosine classifier, or to the centres that are read out
-        centers:str="weights",       # weights (of the classifier, through a perceptron) | free | none
+        scale:float=30.0,            # factor of cosines (cosine classifier, readout by centres)
+        centers:str="weights",       # weights (made from the classifier's) | free | none
         readout:str="classifier",    # what predicts: classifier | centers (the nearest one)
     ):
         super().__init__()
@@ -55,50 +60,57 @@ class Network(nn.Module):
         self.encoder = encoder(encoder_name, in_channels)
         d = self.encoder.out_dim
         self.head = ProjectionHead(d, hidden, dim)
-        self.classifier = choose(classifier, CLASSIFIERS, "classifier")(d, n_classes, scale)
-        self.centers = choose(centers, CENTERS, "kind of centers")(n_classes, d, hidden, dim)
+        make_classifier = choose(classifier, CLASSIFIERS, "classifier")
+        self.classifier = make_classifier(d, n_classes, scale)
+        make_centers = choose(centers, CENTERS, "kind of centers")
+        self.centers = make_centers(n_classes, d, hidden, dim)
         choose(readout, dict.fromkeys(READOUTS), "readout")
-        self.register_buffer("means", torch.zeros(n_classes, dim) if readout == "centers" else None)     # [C, D], for `set_means`
+        means = torch.zeros(n_classes, dim) if readout == "centers" else None
+        self.register_buffer("means", means)     # [C, D], filled by `set_means`
 
 # %% ../nbs/43_networks.ipynb #57c23600
 @patch
 def forward(self:Network, images): # [B, V, channels, H, W] -> Output
     "What training needs of each view."
-    features = self.encoder(images.flatten(0, 1))
+    features = self.encoder(images.flatten(0, 1))                            # [B·V, d]
     with torch.autocast(images.device.type, enabled=False):
         features = features.to(self.classifier.weight.dtype)
-        z, logits = (t.unflatten(0, images.shape[:2]) for t in (self.head(features), self.classifier(features)))
-        return Output(z, logits, None if self.centers is None else self.centers(self.classifier.weight))
+        z = self.head(features).unflatten(0, images.shape[:2])               # [B, V, D]
+        logits = self.classifier(features).unflatten(0, images.shape[:2])    # [B, V, C]
+        centers = None if self.centers is None else self.centers(self.classifier.weight)
+        return Output(z, logits, centers)
 
-# %% ../nbs/43_networks.ipynb #277f1308
-@patch
-def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
-    "Logits of each image, by classifier or by nearest centre."
-    features = self.encoder(images)
-    if self.settings["readout"] == "classifier": return self.classifier(features)
-    return self.by_centers(self.head(features), self.means if self.centers is None else self.centers(self.classifier.weight))
-
-@patch
-def by_centers(self:Network,
-    z:torch.Tensor,        # [B, D] embeddings
-    centers:torch.Tensor,  # [C, D]
-):                         # [B, C] logits
-    "Scaled cosines between embeddings and centres."
-    return self.settings["scale"] * z @ centers.T
-
+# %% ../nbs/43_networks.ipynb #eb8e50ac
 @patch
 def embed(self:Network, images): # [B, channels, H, W] -> [B, D], unit length
     "Embedding of each image."
     return self.head(self.encoder(images))
 
+@patch
+def by_centers(self:Network,
+    z:torch.Tensor,        # [B, D] embeddings
+    centers:torch.Tensor,  # [C, D] unit length
+):                         # [B, C] logits
+    "Scaled cosines between embeddings and centres."
+    return self.settings["scale"] * z @ centers.T
+
+@patch
+def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
+    "Logits of each image, by classifier or by nearest centre."
+    if self.settings["readout"] == "classifier":
+        return self.classifier(self.encoder(images))
+    centers = self.means if self.centers is None else self.centers(self.classifier.weight)
+    return self.by_centers(self.embed(images), centers)
+
 # %% ../nbs/43_networks.ipynb #098ebd1c
 @patch
 def set_means(self:Network,
     z:torch.Tensor,       # [n, D] embeddings of training images
-    labels:torch.Tensor,  # [n]
+    labels:torch.Tensor,  # [n] their classes
 ):
     "Take each class's mean embedding, at unit length, as its centre."
-    self.means.copy_(F.normalize(torch.zeros_like(self.means).index_add_(0, labels, z.to(self.means)), dim=-1))
+    sums = torch.zeros_like(self.means).index_add_(0, labels, z.to(self.means))
+    self.means.copy_(F.normalize(sums, dim=-1))
 
 # %% ../nbs/43_networks.ipynb #44b59726
 def save_network(
@@ -107,7 +119,8 @@ def save_network(
 ):
     "Write a network to one file."
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    Path(f"{path}.part").write_bytes(save(tensors, {"acl_nb": json.dumps(net.settings)}))    # save_file would let its owner alone read it
+    written = save(tensors, {"acl_nb": json.dumps(net.settings)})
+    Path(f"{path}.part").write_bytes(written)    # `save_file` would let only the owner read it
     os.replace(f"{path}.part", path)
 
 # %% ../nbs/43_networks.ipynb #82f98e29
@@ -119,8 +132,10 @@ def load_network(
         with safe_open(path, "pt") as f:
             settings = (f.metadata() or {}).get("acl_nb")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e: raise BadInput(f"{path} must be a readable safetensors file: {e}") from None
-    if settings is None: raise BadInput(f"{path} must hold an acl_nb network; its settings are missing")
+    except Exception as e:
+        raise BadInput(f"{path} must be a readable safetensors file: {e}") from None
+    if settings is None:
+        raise BadInput(f"{path} must hold an acl_nb network; its settings are missing")
     net = Network(**json.loads(settings))
     net.load_state_dict(tensors)
     return net.eval()
