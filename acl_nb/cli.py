@@ -27,7 +27,7 @@ from .counts import class_counts, shot_groups
 from .datasets import BENCHMARKS, DATASETS, benchmark_files, check_files, fetch_lists, find_list, load_lists
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .hooks import Diverged, Stopped
-from .probes import PROBED, Probe
+from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run, percent
@@ -179,7 +179,7 @@ def acl_train(
 
 # %% ../nbs/70_cli.ipynb #97a7fdc0
 def _probes(r, every):
-    every = 10 * (r.loss in PROBED) if every is None else every
+    every = 10 * can_probe(r.loss) if every is None else every
     require(every >= 0, "`probe` must be a number of steps, or 0 for none", every)
     return [Probe(r, every)] if every else []
 
