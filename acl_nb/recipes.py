@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .checks import BadInput, choose, require
+from .datasets import FACTS
 from .losses import TRAITS, loss_traits, losses_that
 from .settings import Recipe
 
@@ -60,15 +61,18 @@ DATA_LOSS_SETTINGS = {
     ("places_lt", "gpaco"): dict(_PACO_LARGE, alpha=0.02),
 }
 
-# %% ../nbs/51_recipes.ipynb #727555da
-_OF_SOME = {field for traits in TRAITS.values() for field in traits.reads} & {f.name for f in fields(Recipe)} - {"scale"}
+# %% ../nbs/51_recipes.ipynb #e7e6ddf6
+_OF_LOSSES = {k for traits in TRAITS.values() for k in traits.reads} & {f.name for f in fields(Recipe)} - {"scale"}
+_OF_DATA = {"kind", "subset_seed"}       # the other settings of data have rules of their own
 
 def _check_read(made, given, usual):
-    "What is given and changes a setting must be read by the loss: a record would say that it mattered."
-    for field in _OF_SOME.intersection(given) - loss_traits(made.loss).reads:
-        readers = ", ".join(losses_that(lambda t: field in t.reads))
+    "What is given and changes a setting must be read by loss and data: a record would say that it mattered."
+    unread = _OF_LOSSES - loss_traits(made.loss).reads | _OF_DATA - {*FACTS[made.dataset].reads}
+    for field in [field for field in given if field in unread]:
+        readers = losses_that(lambda t: field in t.reads) or [k for k, facts in FACTS.items() if field in facts.reads]
+        reader = made.loss if field in _OF_LOSSES else made.dataset
         same = getattr(made, field) == usual.get(field, getattr(Recipe, field))
-        require(same, f"`{field}` must not be set: {made.loss} does not read it ({readers} would)", given[field])
+        require(same, f"`{field}` must not be set: {reader} does not read it ({', '.join(readers)} would)", given[field])
 
 # %% ../nbs/51_recipes.ipynb #38f07e93
 def recipe(

@@ -9,13 +9,12 @@ __all__ = ['SCHEDULES', 'lr_factor', 'Images', 'Experiment', 'Recipe']
 import math
 import os
 from dataclasses import dataclass, fields
-from inspect import signature
 from types import UnionType
 from typing import get_args
 
 from .checks import choose, require
 from .counts import KINDS
-from .datasets import DATASETS
+from .datasets import DATASETS, FACTS
 from .encoders import find_encoder
 from .losses import LOSSES, loss_traits, losses_that
 from .networks import CENTERS, CLASSIFIERS, READOUTS
@@ -146,11 +145,14 @@ def _checked(name, value, kind):
 
 # %% ../nbs/50_settings.ipynb #32fd2119
 def _check_data_settings(r):
-    "Rules between a data set and its settings."
-    known = signature(DATASETS[r.dataset]).parameters
-    for k in ("split", "size", "on_error", "class_seed"): require(getattr(r, k) is None or k in known, f"`{k}` must be none: {r.dataset} leaves no choice of it", getattr(r, k))
-    usual = known["imbalance"].default if "imbalance" in known else "as_is"
-    require(r.imbalance != "as_is" or usual == "as_is", f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)", "as_is")
+    "Rules between a data set and its settings, from the data sets' one table."
+    facts = FACTS[r.dataset]
+    for field in ("split", "size", "on_error", "class_seed"):
+        value = getattr(r, field)
+        require(value is None or field in facts.reads,
+                f"`{field}` must be none: {r.dataset} leaves no choice of it", value)
+    require(r.imbalance != "as_is" or facts.imbalance == "as_is",
+            f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)", "as_is")
 
 # %% ../nbs/50_settings.ipynb #c43480cf
 def _listed(names, word): # "a, b or c"
@@ -174,7 +176,7 @@ def _check_loss_settings(r):
     for field, value in traits.needs.items():
         require(getattr(r, field) == value, f"{loss} works with one kind of it only: `{field}` must be {value}", getattr(r, field))
 
-# %% ../nbs/50_settings.ipynb #0ce5cf5a
+# %% ../nbs/50_settings.ipynb #09858f92
 def _check_together(r):
     "Rules that join two fields."
     _check_data_settings(r)

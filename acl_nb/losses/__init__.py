@@ -30,7 +30,7 @@ _all_ = ["ACLLoss", "acl_loss", "BCLLoss", "bcl_loss", "CELoss", "ClassBalancedL
          "ce_loss", "class_balanced_loss", "class_balanced_weights", "ldam_loss", "ldam_margins", "logit_adjusted_loss",
          "GPaCoLoss", "PaCoLoss", "gpaco_loss", "paco_loss", "SCLLoss", "scl_loss"]
 
-# %% ../../nbs/37_losses.ipynb #c101da8f
+# %% ../../nbs/37_losses.ipynb #e8d06fcd
 class LossTraits(NamedTuple):
     "What a loss is, for the parts that build, check, train and measure it."
     module: type               # built with those settings of a recipe that its `__init__` names
@@ -43,7 +43,7 @@ class LossTraits(NamedTuple):
     needs: dict = {}           # fields of a recipe that must have this value
     more: tuple = ()           # fields of a recipe that are read beside those of `__init__`
 
-# %% ../../nbs/37_losses.ipynb #b7ad5dc2
+# %% ../../nbs/37_losses.ipynb #e9701ff5
 @patch(as_prop=True)
 def reads(self:LossTraits): # a set of names
     "Fields of a recipe that change what is learnt with this loss."
@@ -59,7 +59,7 @@ def readouts(self:LossTraits): # a tuple of `READOUTS`
     "What can predict: without a classifier, embeddings must have been shaped by a contrastive loss."
     return ("classifier", "centers") if self.kind == "contrastive" else ("classifier",)
 
-# %% ../../nbs/37_losses.ipynb #210e015e
+# %% ../../nbs/37_losses.ipynb #d34dc31f
 _NO_CENTERS, _CENTERS = dict(centers="none"), dict(centers="weights")
 
 TRAITS = {
@@ -77,7 +77,7 @@ TRAITS = {
 }
 LOSSES = {name: traits.module for name, traits in TRAITS.items()}
 
-# %% ../../nbs/37_losses.ipynb #028bd9fa
+# %% ../../nbs/37_losses.ipynb #01bd858d
 def loss_traits(
     name:str,      # a key of `LOSSES`
 ) -> LossTraits:   # of a loss that a program has put into `LOSSES` alone: contrastive, centres where its `forward` takes them
