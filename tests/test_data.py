@@ -2,12 +2,15 @@
 
 And the image decoders, each that this machine has: the same pixels, upright, the same refusals.
 """
+import io
 import os
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -152,10 +155,8 @@ def test_a_damaged_exif_block_turns_nothing(forced, tmp_path):
     assert read_image(saved(tmp_path/"a.jpg", PHOTO, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")).shape == UPRIGHT.shape
 
 def test_every_mode_becomes_the_rgb_that_pillow_makes(forced, tmp_path):
-    grey, alpha = PHOTO.convert("L"), PHOTO.convert("RGBA")
-    alpha.putalpha(grey)
-    lossless = {"1": PHOTO.convert("1"), "L": grey, "LA": alpha.convert("LA"),
-                "P": PHOTO.quantize(7), "RGB": PHOTO, "RGBA": alpha}
+    grey = PHOTO.convert("L")
+    lossless = {"1": PHOTO.convert("1"), "L": grey, "P": PHOTO.quantize(7), "RGB": PHOTO}
     for mode, image in lossless.items():
         expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         assert torch.equal(read_image(saved(tmp_path/f"{mode}.png", image)), expected), mode
@@ -168,25 +169,60 @@ def test_every_mode_becomes_the_rgb_that_pillow_makes(forced, tmp_path):
         assert (read_image(path).int() - expected.int()).abs().max() <= 2, mode
         assert read_image(path, size=32).shape == (3, 32, 32)
 
-def test_what_is_hidden_in_a_gif_is_its_background(forced, tmp_path):
+def test_what_is_transparent_stands_on_the_background(forced, tmp_path):
     image = Image.new("P", (3, 1), 1)
     image.putpalette([9, 8, 7, 1, 2, 3, 90, 80, 70])
     image.putpixel((2, 0), 2)
-    path = saved(tmp_path/"a.gif", image, transparency=2, background=0, optimize=False)
-    assert read_image(path)[:, 0].T.tolist() == [[1, 2, 3], [1, 2, 3], [9, 8, 7]]
+    ground = {"white": [255] * 3, "black": [0] * 3, "#102030": [16, 32, 48]}
+    for kind in ("gif", "png"):
+        path = saved(tmp_path/f"a.{kind}", image, transparency=2, optimize=False)
+        for name, colour in ground.items():
+            pixels, notes = decoders.decode_noting(path.read_bytes(), background=name)
+            assert pixels[:, 0].T.tolist() == [[1, 2, 3], [1, 2, 3], colour] and notes == decoders.Note.TRANSPARENT
+    grey = Image.merge("LA", [Image.new("L", (2, 1), 100), Image.new("L", (2, 1), 51)])    # a fifth of it is there
+    for mode in ("LA", "RGBA"):
+        path = saved(tmp_path/f"{mode}.png", grey.convert(mode))
+        assert read_image(path).unique().tolist() == [224]                                 # .2 · 100 + .8 · 255
+    with pytest.raises(BadInput, match="`background` must be a colour, such as white, black or #808080; got 'sky'"):
+        decoders.decode(path.read_bytes(), background="sky")
+
+def test_sixteen_bits_are_scaled_and_not_clipped(forced, tmp_path):
+    ramp = np.linspace(0, 65_535, 600).astype(np.uint16).reshape(20, 30)
+    for kind in ("png", "tif"):
+        pixels = read_image(saved(tmp_path/f"deep.{kind}", Image.fromarray(ramp)))
+        assert torch.equal(pixels, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))
+    deep_colour = tmp_path/"colour.png"
+    deep_colour.write_bytes(png_of_sixteen_bits(np.stack([ramp, ramp.T.reshape(20, 30), 65_535 - ramp], 2)))
+    pixels, notes = decoders.decode_noting(deep_colour.read_bytes())
+    assert notes == decoders.Note.DEEP
+    assert torch.equal(pixels[0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+
+def png_of_sixteen_bits(colour):
+    "The bytes of a PNG file of uint16 [H, W, 3]; pillow writes none."
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    height, width, _ = colour.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+def test_of_a_moving_picture_the_first_frame_is_taken(forced, tmp_path):
+    frames = {"save_all": True, "append_images": [PHOTO.rotate(90)]}
+    for kind, more in {"gif": {}, "webp": {"lossless": True}, "png": {}, "tif": {}}.items():
+        moving, still = (saved(tmp_path/f"{name}.{kind}", PHOTO, **more, **options).read_bytes()
+                         for name, options in (("moving", frames), ("still", {})))
+        pixels, notes = decoders.decode_noting(moving)
+        assert torch.equal(pixels, decoders.decode(still)) and notes == decoders.Note.ANIMATED, kind
 
 def test_what_no_decoder_reads(forced, tmp_path):
     def data_of(name, image, **options): return saved(tmp_path/name, image, **options).read_bytes()
-    deep = Image.fromarray((np.arange(600).reshape(20, 30) * 100).astype(np.uint16))
-    more = {"save_all": True, "append_images": [PHOTO.rotate(90)]}
-    neither = "must be a readable image: it is neither JPEG, PNG, GIF nor WebP"
+    neither = "must be a readable image: it is neither JPEG, PNG, GIF, WebP, BMP nor TIFF"
+    no_white = "must be a picture of 8 or 16 bits per channel (which value would be white?); got "
     cases = {
         "cut.jpg": (data_of("a.jpg", PHOTO)[:-30], "truncated"),
         "half.png": (data_of("b.png", PHOTO)[:60], "must be a readable image: "),
-        "deep.png": (data_of("c.png", deep), "must be one picture of 8 bits a channel; got 16 bits"),
-        "two.gif": (data_of("d.gif", PHOTO, **more), "must be one picture; got 2 frames"),
-        "two.webp": (data_of("e.webp", PHOTO, **more), "must be one picture; got 2 frames"),
-        "none.bmp": (data_of("f.bmp", PHOTO), neither),
+        "float.tif": (data_of("c.tif", Image.new("F", (4, 4))), no_white + "floats"),
+        "int.tif": (data_of("d.tif", Image.new("I", (4, 4))), no_white + "whole numbers of 32 bits"),
+        "none.ppm": (data_of("f.ppm", PHOTO), neither),
         "text.jpg": (b"<html>404</html>", neither),
         "empty.jpg": (b"", "must be a readable image: it is empty"),
     }
@@ -198,6 +234,59 @@ def test_what_no_decoder_reads(forced, tmp_path):
         assert "\n" not in message and "cpp" not in message
     with pytest.raises(BadInput, match="gone.jpg must be a readable image: .*No such file"):
         read_image(tmp_path/"gone.jpg")
+
+FUZZ = int(os.environ.get("ACL_FUZZ", 50))     # damaged files of each format; 500 for a longer look
+
+def damaged(data, draw):
+    "A file cut somewhere, or with bytes changed, or with a piece left out."
+    kind, place = draw.integers(3), draw.integers(0, len(data))
+    if kind == 0: return data[:place]
+    if kind == 1: return data[:place] + data[place + draw.integers(1, 20):]
+    changed = bytearray(data)
+    for at in draw.integers(0, len(data), draw.integers(1, 6)): changed[at] = draw.integers(0, 256)
+    return bytes(changed)
+
+FUZZED = """import sys, warnings
+from pathlib import Path
+from acl_nb.checks import BadInput
+from acl_nb.datasets.decoders import available_decoders, decode
+warnings.simplefilter("ignore")
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    for decoder in available_decoders() if path.suffix == ".jpg" else ["pillow"]:
+        print(path.name, decoder, end=" ", flush=True)      # the last one printed has ended the process
+        try: print("black" if not decode(path.read_bytes(), path, decoder).any() else "read")
+        except BadInput as e: print("refused" if str(path) in str(e) and "\\n" not in str(e) else f"said badly: {e}")
+"""
+
+def whole_files():
+    "(ending, bytes) of sound files, several kinds of each format."
+    large = PHOTO.resize((210, 150), Image.Resampling.BICUBIC)
+    grey = large.convert("L")
+    kinds = {"jpg": [(large, {}), (grey, {}), (large, {"progressive": True}), (large.convert("CMYK"), {})],
+             "png": [(large, {}), (grey, {}), (large.convert("RGBA"), {}), (large.quantize(9), {})],
+             "gif": [(large, {}), (grey, {})], "bmp": [(large, {}), (grey, {})],
+             "webp": [(large, {}), (large, {"lossless": True})],
+             "tif": [(large, {"compression": how}) for how in (None, "tiff_lzw", "tiff_deflate", "jpeg")]}
+    names = {"jpg": "JPEG", "tif": "TIFF"}
+    for ending, pictures in kinds.items():
+        for picture, options in pictures:
+            file = io.BytesIO()
+            picture.save(file, names.get(ending, ending), **options)
+            yield ending, file.getvalue()
+
+def test_a_damaged_file_is_refused_or_read_and_ends_nothing(tmp_path):
+    draw = np.random.default_rng(int(os.environ.get("ACL_FUZZ_SEED", 0)))
+    whole = list(whole_files())
+    for ending in {ending for ending, _ in whole}:
+        files = [data for e, data in whole if e == ending]
+        for k in range(FUZZ): (tmp_path/f"{k:04}.{ending}").write_bytes(damaged(files[k % len(files)], draw))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    r = subprocess.run([sys.executable, "-c", FUZZED, tmp_path], capture_output=True, text=True, env=env, timeout=900)
+    said = [line.split(" ", 2) for line in r.stdout.splitlines()]
+    assert r.returncode == 0, f"ended by {said[-1]}, exit code {r.returncode}"
+    assert not [line for line in said if line[2] not in ("read", "refused")]
+    refused = {name[-3:] for name, _, end in said if end == "refused"}
+    assert len({name for name, *_ in said}) == 6 * FUZZ and refused == {"jpg", "png", "gif", "bmp", "ebp", "tif"}
 
 def test_no_warning_of_a_decoder_reaches_the_user(forced, tmp_path):
     saved(tmp_path/"a.jpg", PHOTO)
