@@ -184,7 +184,7 @@ def _parts(images, n_views):
     step = max(1, B)
     if images.device.type == "cpu" and B > 0:
         step = max(1, 2**20 // (n_views * images[0].numel()))
-    return [slice(start, start + step) for start in range(0, B, step)]
+    return [slice(start, min(start + step, B)) for start in range(0, B, step)]
 
 # %% ../../nbs/24_views.ipynb #ebc6f297
 @patch
