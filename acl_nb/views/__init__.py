@@ -179,7 +179,7 @@ def _write(self:ViewPipeline, x, out, views):
 
 # %% ../../nbs/24_views.ipynb #34f9c946
 def _parts(images, n_views):
-    "The parts of a batch that are done together, as slices: on a CPU about a million pixels of views."
+    "The parts of a batch that are done together, as slices: on a CPU about a megabyte of views."
     B = len(images)
     step = max(1, B)
     if images.device.type == "cpu" and B > 0:
