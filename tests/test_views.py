@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from acl_nb.checks import BadInput
 from acl_nb.datasets.files import Pictures
 from acl_nb.parts import EpochBatches
 from acl_nb.recipes import recipe
@@ -96,3 +97,24 @@ def test_training_from_image_files_does_not_depend_on_the_workers(tmp_path):
     runs = [fit(tiny, tmp_path/str(workers), quiet=True, workers=workers) for workers in (0, 2)]
     histories = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(r.path/"history.jsonl")] for r in runs]
     assert histories[0] == histories[1] and len(histories[0]) == 2
+
+IMAGES = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+WRONG = {"floats": lambda images, draw: images / 255, "a column": lambda images, draw: images[..., :1],
+         "bools": lambda images, draw: images > 127, "an array": lambda images, draw: images.numpy(),
+         "fewer": lambda images, draw: images[:1]}
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_own_policy_must_return_what_it_gets(kind):
+    pipeline = ViewPipeline(["plain", WRONG[kind]], size=8, mean=(.5,) * 3, std=(.25,) * 3)
+    with pytest.raises(BadInput, match="a policy of your own must return images as it gets them, torch.uint8"): pipeline(IMAGES)
+
+def test_an_own_policy_that_works_in_place_changes_no_other_view():
+    def blank(images, draw): return images.zero_()
+    before = IMAGES.clone()
+    views = ViewPipeline([blank, "plain"], size=8, mean=(0.,) * 3, std=(1.,) * 3)(IMAGES)
+    assert torch.equal(IMAGES, before) and views[:, 0].eq(0).all()
+    assert torch.equal(views[:, 1], IMAGES / 255)
+
+@pytest.mark.parametrize("mean, std", [((123.7, 116.3, 103.5), (.2,) * 3), ((.5,) * 3, (58., 57., 57.)), ((-.5,) * 3, (.5,) * 3)])
+def test_statistics_are_of_pixels_in_0_to_1(mean, std):
+    with pytest.raises(BadInput, match="must be of pixels in 0..1"): ViewPipeline("plain", size=8, mean=mean, std=std)

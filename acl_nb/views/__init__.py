@@ -55,8 +55,10 @@ def _check_settings(size, mean, std, dtype):
     whole = isinstance(size, int) and size >= 1
     require(whole, "`size` must be a whole number of pixels, at least 1", size)
     require(dtype in _DTYPES, "`dtype` must be a floating type of torch", dtype)
-    rule = "`mean` and `std` must have one value a channel, `std` > 0"
+    rule = "`mean` and `std` must have one value per channel, `std` > 0"
     require(len(mean) == len(std) and min(std) > 0, rule, f"{mean}, {std}")
+    rule = "`mean` and `std` must be of pixels in 0..1 (of pixels in 0..255, divide them by 255)"
+    require(min(mean) >= 0 and max(*mean, *std) <= 1, rule, f"{mean}, {std}")
 
 # %% ../../nbs/24_views.ipynb #00cfd945
 class ViewPipeline:
@@ -151,6 +153,19 @@ def _for_views(images, views):
         return images[:, views].flatten(0, 1)
     return images[:, None].expand(-1, len(views), -1, -1, -1).flatten(0, 1)
 
+# %% ../../nbs/24_views.ipynb #52ef5cd6
+def _applied(policy, x, draw):
+    "What a policy makes of uint8 [n, C, S, S]: the same form."
+    if any(policy is known for known in POLICIES.values()):
+        return policy(x, draw)
+    made = policy(x.clone(), draw)
+    is_tensor = isinstance(made, torch.Tensor)
+    same = is_tensor and (made.dtype, made.shape, made.device) == (x.dtype, x.shape, x.device)
+    form = lambda t: f"{t.dtype} {list(t.shape)} on {t.device}"
+    got = form(made) if is_tensor else type(made).__name__
+    require(same, f"a policy of your own must return images as it gets them, {form(x)}", got)
+    return made
+
 # %% ../../nbs/24_views.ipynb #1f5c03c4
 @patch
 def _augmented(self:ViewPipeline, policy, views, images, ids, epoch):
@@ -163,7 +178,7 @@ def _augmented(self:ViewPipeline, policy, views, images, ids, epoch):
     x = _for_views(images, views)
     if not already_cut:
         x = _cropped(policy, x, self.size, draw)
-    x = policy(x, draw)
+    x = _applied(policy, x, draw)
     return x.view(b, k, *x.shape[1:])
 
 # %% ../../nbs/24_views.ipynb #d5ef44d1
