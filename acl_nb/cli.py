@@ -31,7 +31,7 @@ from .hooks import Diverged, Stopped
 from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
-from .records import Run, percent
+from .records import Run, accuracy_line
 from .settings import Recipe
 from .trainer import fit
 
@@ -121,8 +121,7 @@ def report_line(
 ) -> str:     # accuracies, and where the rest is
     "What to tell at the end of a run."
     s = run.summary
-    groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))
-    return f"all classes {percent(s['top1'])}  {groups}  (balanced test set, epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
+    return f"{accuracy_line(s)}  (epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
 
 # %% ../nbs/70_cli.ipynb #26f248f6
 def resolve(

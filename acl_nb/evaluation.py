@@ -20,7 +20,7 @@ from .networks import load_network
 from .parts import Parts
 from .plots import plot_confusion, plot_per_class, plot_reliability
 from .processes import world_size
-from .records import Run, percent, write_json, write_page, write_predictions
+from .records import Run, accuracy_line, percent, write_json, write_page, write_predictions
 from .settings import Recipe
 from .trainer import predict
 
@@ -135,10 +135,9 @@ def _agreement(scores, summary):
 # %% ../nbs/71_evaluation.ipynb #5c381a71
 def _lines(result, run, parts, split):
     s, f = result["scores"], result["space"]
-    groups = "  ".join(f"{k} {percent(s[k])}" for k in ("many", "medium", "few"))
     number = lambda x, unit="": "–" if x is None else f"{x:.3f}{unit}"
     head = [f"{run.recipe['name']} with {run.recipe['loss']}, {split}: {len(result['predictions']['labels']):,} images, {len(parts.data.classes)} classes",
-            f"all classes {percent(s['top1'])}  {groups}  calibration error {percent(s['ece'])}", _agreement(s, run.summary) if split == "test" else "",
+            f"{accuracy_line(s)}  calibration error {percent(s['ece'])}", _agreement(s, run.summary) if split == "test" else "",
             f"{f['of']}: alignment {number(f['alignment'])}, uniformity {number(f['uniformity'])}, centre separation {number(f['center_separation'], '°')}"]
     return "\n".join([*filter(None, head), "", class_table(result["predictions"], parts.data.counts, parts.data.classes)])
 

@@ -31,6 +31,11 @@ def per_class_accuracy(
     return [r / t if t else None for r, t in zip(right.tolist(), total.tolist())]
 
 # %% ../nbs/44_metrics.ipynb #f42e99ac
+def _mean(accuracies):
+    "Mean of those that exist; None where none does."
+    tested = [a for a in accuracies if a is not None]
+    return sum(tested) / len(tested) if tested else None
+
 def group_accuracy(
     per_class:list,  # C fractions or None, from `per_class_accuracy`
     counts,          # [C] training images of each class
@@ -38,11 +43,8 @@ def group_accuracy(
     few:int=20,      # a class with fewer than this is "few"
 ) -> dict:           # {"many": .., "medium": .., "few": ..}; None for an empty group
     "Mean over the classes of each group."
-    means = {}
-    for name, ids in shot_groups(counts, many, few).items():
-        tested = [per_class[i] for i in ids.tolist() if per_class[i] is not None]
-        means[name] = sum(tested) / len(tested) if tested else None
-    return means
+    groups = shot_groups(counts, many, few)
+    return {name: _mean([per_class[i] for i in ids.tolist()]) for name, ids in groups.items()}
 
 # %% ../nbs/44_metrics.ipynb #8726f9bc
 def _bins(confidence, bins):
@@ -85,14 +87,15 @@ def evaluate(
     logits:torch.Tensor,  # [n, C] plain logits of the test images
     labels:torch.Tensor,  # [n] true classes
     counts,               # [C] training images of each class
-) -> dict:                # top1, many, medium, few, per_class, ece; fractions in 0..1 or None
-    "What a run reports of a test set."
+) -> dict:                # top1, mean_per_class, many, medium, few, per_class, ece; in 0..1 or None
+    "What a run reports of a test set; `top1` is over its images, the next four are over classes."
     expected = [len(labels), len(counts)]
     require(list(logits.shape) == expected, f"`logits` must be {expected}", list(logits.shape))
     confidence, predicted = logits.float().softmax(1).max(1)
     right = predicted == labels
     per_class = per_class_accuracy(predicted, labels, len(counts))
     return {"top1": right.double().mean().item(),
+            "mean_per_class": _mean(per_class),
             **group_accuracy(per_class, counts),
             "per_class": per_class,
             "ece": calibration_error(confidence, right)}
