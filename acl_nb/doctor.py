@@ -23,9 +23,9 @@ import torch.distributed as dist
 from PIL import Image
 
 from .checks import BadInput, require
-from .cli import PROFILES, command
+from .cli import command
 from .counts import class_counts
-from .datasets import BENCHMARKS, DATASETS, ImageArray, LongTailed
+from .datasets import DATASETS, FACTS, ImageArray, LongTailed
 from .datasets.files import read_image
 from .losses import acl_loss
 from .parts import Parts, find_setup, start_processes
@@ -139,18 +139,18 @@ def _disk(r, folder=".", need=2e9):
     return Verdict(word, f"{free / 1e9:,.0f} GB free in {Path(folder).resolve()}, written at {speed:,.0f} MB/s")
 
 # %% ../nbs/72_doctor.ipynb #1fbc8d16
-_FETCHED = ("fashion_lt", "cifar10_lt", "cifar100_lt")
-
 def _built(r):
-    "The data set, if it is there."
-    return DATASETS[r.dataset](r.data or ("data" if r.dataset in _FETCHED else None), r.imbalance, r.kind, r.subset_seed, r.n_max)
+    "The data set, if it is there; nothing is downloaded."
+    folder = r.data or ("data" if FACTS[r.dataset].fetched else None)
+    return DATASETS[r.dataset](folder, r.imbalance, r.kind, r.subset_seed, r.n_max)
 
 def _data(r):
     try: data = _built(r)
     except BadInput:
-        if r.data is None and r.dataset in _FETCHED: return Verdict("missing", "not in data/; a run without --data downloads them when it is online")
-        raise
-    return Verdict("ok", f"{len(data.train):,} training images of {len(data.classes):,} classes, {len(data.test):,} of {data.split}")
+        if r.data is not None or not FACTS[r.dataset].fetched: raise
+        return Verdict("missing", "not in data/; a run without --data downloads them when it is online")
+    train, test = f"{len(data.train):,} training images of {len(data.classes):,} classes", f"{len(data.test):,} of {data.split}"
+    return Verdict("ok", f"{train}, {test}")
 
 # %% ../nbs/72_doctor.ipynb #5331775e
 CHECKS = {"devices": _devices, "precision": _precision, "compile": _compile, "gather": _gather, "decode": _decode, "views": _views, "parity": _parity, "disk": _disk}
@@ -167,17 +167,14 @@ def diagnose(
     return found
 
 # %% ../nbs/72_doctor.ipynb #379798e5
-_SHAPES = {"digits_lt": ([1, 8, 8], 500), "fashion_lt": ([1, 28, 28], 10_000), "glyphs_lt": ([1, 32, 32], 8_900), "cifar10_lt": ([3, 32, 32], 10_000), "cifar100_lt": ([3, 32, 32], 10_000)}
-
 def _known(r):
     "(image shape, training counts, test images) of a data set that need not be there."
-    if r.dataset in PROFILES:
-        classes, n_max, _ = PROFILES[r.dataset]
-        return _SHAPES[r.dataset][0], class_counts(classes, r.n_max or n_max, r.imbalance, r.kind), _SHAPES[r.dataset][1]
-    if r.dataset == "imagenet": return [3, 224, 224], torch.full((1000,), 1281), 50_000
-    require(r.dataset in BENCHMARKS, f"{r.dataset} must be there to say how long it takes: its size is known by its files alone")
-    b = BENCHMARKS[r.dataset]
-    return [3, 224, 224], torch.full((b.classes,), b.parts["train"][0] // b.classes), b.parts.get("test", b.parts["val"])[0]
+    facts = FACTS[r.dataset]
+    rule = f"{r.dataset} must be there to say how long it takes: its size is known by its files alone"
+    require(facts.classes is not None, rule)
+    if facts.imbalance == "as_is": counts = torch.full((facts.classes,), facts.total // facts.classes)
+    else: counts = class_counts(facts.classes, r.n_max or facts.largest, r.imbalance, r.kind)
+    return list(facts.shape), counts, facts.test
 
 def _sizes(r):
     try: data = _built(r)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from .checks import choose, require
 from .datasets import DATASETS, ImageArray
 from .encoders import freeze_early, load_pretrained
-from .losses import Objective, class_balanced_weights
+from .losses import Objective, class_balanced_weights, loss_traits
 from .momentum import KeyQueue, MomentumCopy
 from .networks import Network
 from .processes import rank, seed_rank, world_size
@@ -85,8 +85,9 @@ def _build_network(recipe, data):
 
 # %% ../nbs/55_parts.ipynb #7addbfeb
 def _freeze_unread(r, network):
-    if r.loss in ("ce", "la", "ldam", "cb"): network.head.requires_grad_(False)
-    if r.loss in ("ce", "la", "ldam", "cb", "paco", "gpaco") and network.centers is not None: network.centers.requires_grad_(False)
+    traits = loss_traits(r.loss)
+    if traits.kind == "classifier": network.head.requires_grad_(False)
+    if traits.centers == "none" and network.centers is not None: network.centers.requires_grad_(False)
     if r.readout == "centers":
         for name, p in network.classifier.named_parameters(): p.requires_grad_(r.centers == "weights" and name == "weight")
 
@@ -157,7 +158,7 @@ class Parts:
 def _learning(self:Parts, bare):
     r, self.bare = self.recipe, bare
     _freeze_unread(r, bare)
-    self.copy = MomentumCopy(bare, r.key_momentum) if r.loss == "paco" else None
+    self.copy = MomentumCopy(bare, r.key_momentum) if loss_traits(r.loss).keys == "encoder" else None
     self.queue = KeyQueue(r.queue, r.dim).to(self.device) if r.queue else None
     if r.compile: bare.encoder.compile()
     self.network = self.accelerator.prepare_model(bare)

@@ -12,6 +12,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .checks import BadInput, choose, require
+from .datasets import FACTS
+from .losses import TRAITS, loss_traits, losses_that
 from .settings import Recipe
 
 # %% ../nbs/51_recipes.ipynb #d36e8dec
@@ -47,9 +49,7 @@ RECIPES |= {
 }
 
 # %% ../nbs/51_recipes.ipynb #b83eba82
-LOSS_SETTINGS = {**{loss: dict(centers="none") for loss in ("ce", "la", "cb", "scl")},
-                 "paco": dict(centers="none", queue=1024), "gpaco": dict(centers="none", queue=1024),
-                 "ldam": dict(centers="none", classifier="cosine", drw=0.8), "bcl": dict(centers="weights"), "acl": dict(centers="weights")}
+LOSS_SETTINGS = {name: traits.usual for name, traits in TRAITS.items()}
 
 # %% ../nbs/51_recipes.ipynb #1cd344ea
 _PACO_CIFAR = dict(views=2, temperature=0.05, alpha=0.01, queue=1024, dim=32)
@@ -60,6 +60,19 @@ DATA_LOSS_SETTINGS = {
     ("imagenet_lt", "gpaco"): dict(_PACO_LARGE, alpha=0.045, policy="imagenet_rand+imagenet_sim_rand"),
     ("places_lt", "gpaco"): dict(_PACO_LARGE, alpha=0.02),
 }
+
+# %% ../nbs/51_recipes.ipynb #e7e6ddf6
+_OF_LOSSES = {k for traits in TRAITS.values() for k in traits.reads} & {f.name for f in fields(Recipe)} - {"scale"}
+_OF_DATA = {"kind", "subset_seed"}       # the other settings of data have rules of their own
+
+def _check_read(made, given, usual):
+    "What is given and changes a setting must be read by loss and data: a record would say that it mattered."
+    unread = _OF_LOSSES - loss_traits(made.loss).reads | _OF_DATA - {*FACTS[made.dataset].reads}
+    for field in [field for field in given if field in unread]:
+        readers = losses_that(lambda t: field in t.reads) or [k for k, facts in FACTS.items() if field in facts.reads]
+        reader = made.loss if field in _OF_LOSSES else made.dataset
+        same = getattr(made, field) == usual.get(field, getattr(Recipe, field))
+        require(same, f"`{field}` must not be set: {reader} does not read it ({', '.join(readers)} would)", given[field])
 
 # %% ../nbs/51_recipes.ipynb #38f07e93
 def recipe(
@@ -72,8 +85,11 @@ def recipe(
     require("name" not in overrides, "`name` is the recipe's own and can't be set")
     _check_fields(overrides)
     loss, data = ({**settings, **overrides}.get(k, getattr(Recipe, k)) for k in ("loss", "dataset"))
-    own = [LOSS_SETTINGS.get(loss, {}) if isinstance(loss, str) else {}, settings, DATA_LOSS_SETTINGS.get((str(data), str(loss)), {}), overrides]
-    return Recipe(**{"name": name} | {k: v for part in own for k, v in part.items()})
+    of_loss = LOSS_SETTINGS.get(loss, {}) if isinstance(loss, str) else {}
+    usual = {"name": name, **of_loss, **settings, **DATA_LOSS_SETTINGS.get((str(data), str(loss)), {})}
+    made = Recipe(**usual | overrides)
+    _check_read(made, overrides, usual)
+    return made
 
 def _check_fields(settings):
     known = {f.name: f for f in fields(Recipe)}
@@ -100,7 +116,12 @@ def recipe_from(
     require(isinstance(settings, dict), f"{source} must hold one JSON object, a field of the recipe an entry", type(settings).__name__)
     require("name" not in overrides, "`name` is the recipe's own and can't be set")
     require("dataset" in settings, f"{source}: `dataset` must be given, the name of a data set")
-    try: _check_fields({**settings, **overrides}); return Recipe(**{**settings, **overrides})
+    try:
+        _check_fields({**settings, **overrides})
+        made = Recipe(**settings | overrides)
+        _check_read(made, overrides, settings)
+        if len(settings) < len(fields(Recipe)): _check_read(made, settings, {})     # written by hand: what it says is meant
+        return made
     except BadInput as e: raise BadInput(f"{source}: {e}") from None
 
 # %% ../nbs/51_recipes.ipynb #8f2faa63

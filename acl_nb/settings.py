@@ -9,15 +9,14 @@ __all__ = ['SCHEDULES', 'lr_factor', 'Images', 'Experiment', 'Recipe']
 import math
 import os
 from dataclasses import dataclass, fields
-from inspect import signature
 from types import UnionType
 from typing import get_args
 
 from .checks import choose, require
 from .counts import KINDS
-from .datasets import DATASETS
+from .datasets import DATASETS, FACTS
 from .encoders import find_encoder
-from .losses import LOSSES
+from .losses import LOSSES, loss_traits, losses_that
 from .networks import CENTERS, CLASSIFIERS, READOUTS
 from .pairs import NEGATIVES
 from .views import POLICIES
@@ -146,19 +145,39 @@ def _checked(name, value, kind):
 
 # %% ../nbs/50_settings.ipynb #32fd2119
 def _check_data_settings(r):
-    "Rules between a data set and its settings."
-    known = signature(DATASETS[r.dataset]).parameters
-    for k in ("split", "size", "on_error", "class_seed"): require(getattr(r, k) is None or k in known, f"`{k}` must be none: {r.dataset} leaves no choice of it", getattr(r, k))
-    usual = known["imbalance"].default if "imbalance" in known else "as_is"
-    require(r.imbalance != "as_is" or usual == "as_is", f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)", "as_is")
+    "Rules between a data set and its settings, from the data sets' one table."
+    facts = FACTS[r.dataset]
+    for field in ("split", "size", "on_error", "class_seed"):
+        value = getattr(r, field)
+        require(value is None or field in facts.reads,
+                f"`{field}` must be none: {r.dataset} leaves no choice of it", value)
+    require(r.imbalance != "as_is" or facts.imbalance == "as_is",
+            f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)", "as_is")
 
 # %% ../nbs/50_settings.ipynb #c43480cf
+def _listed(names, word): # "a, b or c"
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+def _check_loss_settings(r):
+    "Rules between a loss and its settings, from the losses' one table."
+    traits, loss = loss_traits(r.loss), f'`loss="{r.loss}"`'
+    require(traits.keys != "encoder" or r.views >= 2, f"{loss} compares a view with others: `views` must be at least 2", r.views)
+    readers = _listed(losses_that(lambda t: "queue" in t.reads), "and")
+    require(r.queue == 0 or "queue" in traits.reads,
+            f"`queue` must be 0: of the losses, only {readers} read one", f"{r.queue} with {r.loss}")
+    require(traits.centers != "needed" or r.centers != "none",
+            f"{loss} needs class centres: `centers` must be weights or free", r.centers)
+    shaped = _listed(losses_that(lambda t: "centers" in t.readouts), "or")
+    require(r.readout in traits.readouts,
+            f'`readout="{r.readout}"` needs embeddings that a contrastive loss shaped: `loss` must be {shaped}', r.loss)
+    late = _listed(losses_that(lambda t: "drw" in t.reads), "and")
+    require(r.drw is None or "drw" in traits.reads,
+            f"`drw` must be none: of the losses, only {late} re-weighs", f"{r.drw} with {r.loss}")
+    for field, value in traits.needs.items():
+        require(getattr(r, field) == value, f"{loss} works with one kind of it only: `{field}` must be {value}", getattr(r, field))
+
+# %% ../nbs/50_settings.ipynb #09858f92
 def _check_together(r):
     "Rules that join two fields."
     _check_data_settings(r)
-    require(r.loss != "paco" or r.views >= 2, '`loss="paco"` compares a view with others: `views` must be at least 2', r.views)
-    require(r.queue == 0 or r.loss in ("paco", "gpaco"), "`queue` must be 0: of the losses, only paco and gpaco read one", f"{r.queue} with {r.loss}")
-    require(r.loss != "bcl" or r.centers != "none", '`loss="bcl"` needs class centres: `centers` must be weights or free', r.centers)
-    require(r.readout == "classifier" or r.loss in ("scl", "bcl", "acl"), '`readout="centers"` needs embeddings that a contrastive loss shaped: `loss` must be scl, bcl or acl', r.loss)
-    require(r.drw is None or r.loss == "ldam", "`drw` must be none: of the losses, only ldam re-weighs", f"{r.drw} with {r.loss}")
-    require(r.loss != "ldam" or r.classifier == "cosine", '`loss="ldam"` has margins between cosines: `classifier` must be cosine', r.classifier)
+    _check_loss_settings(r)

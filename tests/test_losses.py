@@ -8,11 +8,15 @@ from hypothesis import given, settings, strategies as st
 
 from acl_nb.checks import BadInput
 from acl_nb.gradients import check_loss, conflict_rate, embedding_gradient, pair_gradients
-from acl_nb.losses import LOSSES, acl_loss, bcl_loss, gpaco_loss, make_loss, scl_loss
+from acl_nb.losses import LOSSES, TRAITS, LossTraits, losses_that
+from acl_nb.losses import acl_loss, bcl_loss, gpaco_loss, make_loss, scl_loss
 from acl_nb.losses.acl import acl_loss_plain
 from acl_nb.losses.bcl import bcl_loss_plain
 from acl_nb.losses.scl import scl_loss_plain
-from acl_nb.pairs import NEGATIVES
+from acl_nb.pairs import NEGATIVES, contrast
+from acl_nb.probes import Probe
+from acl_nb.recipes import LOSS_SETTINGS, recipe
+from acl_nb.trainer import fit
 
 COUNTS = [500, 120, 30, 8, 2]
 PLAIN = {scl_loss: scl_loss_plain, bcl_loss: bcl_loss_plain, acl_loss: acl_loss_plain}
@@ -103,3 +107,37 @@ Z, Y, C = F.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_se
 def test_bad_input_is_one_sentence(f, z, labels, centers, temperature, said):
     with pytest.raises(BadInput) as e: f(z, labels, centers=centers, temperature=temperature)
     assert said in str(e.value) and "\n" not in str(e.value)
+
+class Between(torch.nn.Module):
+    "A throw-away loss: the positives' share of the denominator counts half."
+    def __init__(self, temperature=0.1):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, z, labels, centers=None):
+        return between(contrast(z, labels, self.temperature, centers))
+
+def between(c):
+    "Of a batch's pairs: supervised contrastive, with positives at half their weight among the keys."
+    weight = torch.where(c.positive, 0.5, 1.0).masked_fill(~(c.positive | c.negative), 0)
+    top = c.sim.detach().max()
+    denominator = top + ((c.sim - top).exp() * weight).sum(1, keepdim=True).log()
+    count = c.positive.sum(1)
+    per_anchor = ((denominator - c.sim) * c.positive).sum(1)[count > 0] / count[count > 0]
+    return per_anchor.mean()
+
+def test_a_new_loss_is_one_entry_of_the_table(monkeypatch, tmp_path):
+    traits = LossTraits(Between, centers="optional", form=between, usual=dict(centers="weights"))
+    monkeypatch.setitem(TRAITS, "between", traits)
+    monkeypatch.setitem(LOSSES, "between", traits.module)              # in the notebook it is made from the table
+    monkeypatch.setitem(LOSS_SETTINGS, "between", traits.usual)        # so is this
+    small = dict(n_max=20, imbalance=4, dim=8, hidden=8, views=2, epochs=1)
+    r = recipe("digits_lt", loss="between", readout="centers", **small)
+    assert r.centers == "weights" and losses_that(lambda t: t.module is Between) == ["between"]
+    with pytest.raises(BadInput, match="`negatives` must not be set: between does not read it"):
+        recipe("digits_lt", loss="between", negatives="prior", **small)
+    run = fit(r, tmp_path/"run", quiet=True, hooks=[Probe(r, 1)])
+    row, = run.history
+    assert run.summary["loss"] == "between" and 0 < row["contrastive"] < float("inf")
+    assert {"attraction", "wrong_way", "repulsion", "conflict_rate"} <= set(row["balance"])
+    with pytest.raises(BadInput, match="did you mean between"): recipe("digits_lt", loss="betwen")

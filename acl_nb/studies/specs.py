@@ -17,7 +17,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from ..checks import BadInput, choose, require
-from ..probes import PROBED
+from ..probes import can_probe
 from ..recipes import read_json, recipe
 from ..settings import Recipe
 from .results import identity, load_results, settings_of
@@ -146,7 +146,7 @@ def probe_of(
     recipe:Recipe,  # of one of its runs
 ) -> int | None:    # steps between two measurements; None: none
     "How a run of a study is probed."
-    return study.probe if recipe.loss in PROBED else None
+    return study.probe if can_probe(recipe.loss) else None
 
 def cell_identity(
     study:Study,  # of `read_study`
