@@ -20,9 +20,9 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from ..checks import BadInput, require
-from .longtailed import LongTailed
-from .decoders import decode, image_decoder
+from .decoders import Note, colour_of, decode, decode_noting, image_decoder
 from .lists import BENCHMARKS, ImageList, load_lists, places_twin
+from .longtailed import LongTailed
 
 # %% ../../nbs/13_datasets.files.ipynb #73d7168b
 def middle_square(
@@ -42,18 +42,26 @@ def _file_bytes(path):
         raise BadInput(f"{path} must be a readable image: {e}") from None
 
 def read_image(
-    path,           # of a JPEG, PNG, WebP or GIF file
-    size:int=None,  # side of the middle square to cut out, in pixels; default: the image as it is
-) -> torch.Tensor:  # uint8 [3, H, W], upright
+    path,                    # of a JPEG, PNG, GIF, WebP, BMP or TIFF file
+    size:int=None,           # side of the middle square to cut out, in pixels; default: as it is
+    background:str="white",  # put below what is transparent
+) -> torch.Tensor:           # uint8 [3, H, W], upright
     "Decode an image file; one that cannot be decoded is named."
-    return middle_square(decode(_file_bytes(path), path), size)
+    return middle_square(decode(_file_bytes(path), path, background=background), size)
 
 # %% ../../nbs/13_datasets.files.ipynb #302df948
 def _filled(found):
     "A batch in which each gap (None) is filled by another item, from the first on in turn."
     good = [item for item in found if item is not None]
-    require(good, "a batch must hold at least one readable image", f"none of {len(found)}")
     return [good[k % len(good)] if item is None else item for k, item in enumerate(found)]
+
+def _next_readable(pictures, i):
+    "What `_if_readable` gives of the next readable image after `i`; after the last comes the first."
+    n = len(pictures)
+    for step in range(1, n):
+        found = pictures._if_readable((i + step) % n)
+        if found is not None: return found
+    require(False, "a data set must hold at least one readable image", f"none of {n:,}")
 
 def _stacked(images):
     "One tensor where all images are of one size, else a list."
@@ -73,8 +81,8 @@ class Pictures(Dataset):
         self.labels, self.classes = labels, classes
         self.size, self.on_error = size, on_error
         self.views = None  # of `cut_by`
-        # [n], the images that were met and could not be read
-        self.broken = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        # [n], the `Note`s of the images that were met
+        self.notes = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
 
     @property
     def shape(self):
@@ -93,13 +101,47 @@ class Pictures(Dataset):
             return self._image(i), i
         except BadInput:
             if self.on_error == "raise": raise
-            self.broken[i] = True
+            self.notes[i] |= Note.UNREADABLE
 
     def __getitem__(self, i): return self._image(i), self.labels[i], i
-    def __getitems__(self, ids):
-        found = [self._if_readable(i) for i in torch.as_tensor(ids).tolist()]
-        images, ids = zip(*_filled(found))
-        return _stacked(images), self.labels[list(ids)], torch.tensor(ids)
+
+# %% ../../nbs/13_datasets.files.ipynb #2002bded
+@patch
+def __getitems__(self:Pictures,
+    ids,  # positions of a batch
+) -> tuple: # (images uint8, stacked where they are of one size; labels int64; positions int64)
+    "A batch, as large as it was asked for."
+    ids = torch.as_tensor(ids).tolist()
+    found = [self._if_readable(i) for i in ids]
+    if not any(found): found[0] = _next_readable(self, ids[-1])
+    images, ids = zip(*_filled(found))
+    return _stacked(images), self.labels[list(ids)], torch.tensor(ids)
+
+# %% ../../nbs/13_datasets.files.ipynb #2a3c1ed7
+@patch
+def noted(self:Pictures,
+    note:Note,  # which
+) -> list:      # names of the images with this note that were met: paths, or positions in a data set
+    "The images that have a note."
+    return [self._name(i) for i in (self.notes & note).nonzero().flatten().tolist()]
+
+@patch
+def counted(self:Pictures) -> dict: # name of a note -> images; only notes that were made
+    "How many of the images that were met have each note."
+    counts = {note.name.lower(): int((self.notes & note).count_nonzero()) for note in Note}
+    return {name: n for name, n in counts.items() if n}
+
+@patch
+def _name(self:Pictures, i): return i
+
+# %% ../../nbs/13_datasets.files.ipynb #b73b7e99
+@patch
+def require_every_class(self:Pictures):
+    "Refuse to go on when all images of a class were met and none could be read."
+    readable = torch.bincount(self.labels[self.notes & Note.UNREADABLE == 0], minlength=len(self.classes))
+    lost = [self.classes[c] for c in (readable == 0).nonzero().flatten().tolist()]
+    rule = "every class must have at least one readable image"
+    require(not lost, rule, f"none of {', '.join(map(str, lost[:20]))}")
 
 # %% ../../nbs/13_datasets.files.ipynb #2b0b3217
 @patch
@@ -117,26 +159,32 @@ def cut_by(self:Pictures,
 class ImageFiles(Pictures):
     "Image files below a root; an item is (image uint8 [3, H, W], label, position)."
     def __init__(self,
-        index:ImageList,       # paths, labels and classes
-        root,                  # folder that the paths are relative to
-        size:int=None,         # side of the middle square in pixels; None: as the file is
-        on_error:str="raise",  # a file that cannot be decoded: raise | skip (see `skipped`)
+        index:ImageList,         # paths, labels and classes
+        root,                    # folder that the paths are relative to
+        size:int=None,           # side of the middle square in pixels; None: as the file is
+        on_error:str="raise",    # a file that cannot be decoded: raise | skip (see `skipped`)
+        background:str="white",  # put below what is transparent
     ):
         super().__init__(index.labels, index.classes, size, on_error)
-        self.index, self.root = index, Path(root)
+        self.index, self.root, self.background = index, Path(root), background
+        colour_of(background)
         image_decoder()  # refuses a wrong ACL_NB_DECODER; later every file would seem broken
 
     def _load(self, i):
-        return read_image(os.path.join(self.root, self.index.path(i)), self.size)
+        path = os.path.join(self.root, self.index.path(i))
+        image, notes = decode_noting(_file_bytes(path), path, background=self.background)
+        self.notes[i] |= notes
+        return middle_square(image, self.size)
+
+    def _name(self, i): return self.index.path(i)
 
     @property
-    def skipped(self): # paths of the broken files that were met
-        return [self.index.path(i) for i in self.broken.nonzero().flatten().tolist()]
+    def skipped(self): return self.noted(Note.UNREADABLE) # paths of the broken files that were met
 
     def subset(self,
         ids,  # positions of the files to keep
     ):        # another `ImageFiles`
-        return ImageFiles(self.index.subset(ids), self.root, self.size, self.on_error)
+        return ImageFiles(self.index.subset(ids), self.root, self.size, self.on_error, self.background)
 
     def digest_into(self,
         sha,  # a hashlib object; takes every path and label, in order, not the pixels
