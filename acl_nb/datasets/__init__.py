@@ -20,7 +20,8 @@ from .files import ImageFiles, benchmark_files, check_files
 from .files import imagenet_lt, inaturalist18, places_lt
 from .glyphs import glyphs_lt
 from .lists import BENCHMARKS, fetch_lists, find_list, load_lists
-from .own import dataset_lt, folder_lt, imagenet, validation_split
+from .objects import dataset_lt
+from .own import folder_lt, imagenet, validation_split
 
 # %% ../../nbs/16_datasets.ipynb #3b1e2151
 _all_ = ["ImageArray", "ImageFiles", "LongTailed", "validation_split"]

@@ -15,7 +15,7 @@ import os
 import shutil
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ class ImageList:
     paths: np.ndarray     # bytes (dtype S) [n], relative to the root, "/" between folders
     labels: torch.Tensor  # int64 [n], 0..C-1
     classes: list         # C names
+    left_out: dict = field(default_factory=dict)  # ending -> other files in the classes' folders
 
     def __len__(self): return len(self.labels)
     def path(self,
@@ -43,7 +44,7 @@ class ImageList:
     def subset(self,
         ids,    # positions
     ):          # another `ImageList` with the same classes
-        return ImageList(self.paths[np.asarray(ids)], self.labels[ids], self.classes)
+        return ImageList(self.paths[np.asarray(ids)], self.labels[ids], self.classes, self.left_out)
     def digest_into(self,
         sha,    # a hashlib object; takes every path and label, in order
     ):
