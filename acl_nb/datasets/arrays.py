@@ -9,17 +9,19 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'digits_lt', 'read_idx', 'fashion_lt', 'ci
 # %% ../../nbs/10_datasets.arrays.ipynb #c5b88cc8
 import gzip
 import math
+import pickle
 import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
-from ..checks import BadInput, require
+from ..checks import BadInput, require, user_path
 from .longtailed import ImageArray, LongTailed
 from .longtailed import hold_out, left_over, long_tailed, reorder_classes
 
@@ -98,7 +100,7 @@ def _download(dataset, folder, missing, ways):
 
 def _found_or_downloaded(find, dataset, data, missing, ways):
     "What `find` finds in the folder `data`; None: in data/, filled by a download if need be."
-    folder = Path(data or "data")
+    folder = user_path(data or "data")
     if data is None and not find(folder): _download(dataset, folder, missing, ways)
     found = find(folder)
     require(found, f"{missing}: {ways}")
@@ -128,7 +130,7 @@ _FASHION_WAYS = ("run once on a machine that is online (without --data), or "
 
 def _read_fashion(data):
     "(train, test) of Fashion-MNIST; `data` may name the folder of its files."
-    place, raw = _idx_places(Path(data or "data"))
+    place, raw = _idx_places(user_path(data or "data"))
     looked = f"looked for {_IDX_NAMES[0]}[.gz] and its three siblings in {place} and {raw}"
     missing = f"Fashion-MNIST not found ({looked})"
     files = _found_or_downloaded(_find_idx, FashionMNIST, data, missing, _FASHION_WAYS)
@@ -151,13 +153,22 @@ def fashion_lt(
                        imbalance, kind, seed, n_max, class_seed, split)
 
 # %% ../../nbs/10_datasets.arrays.ipynb #8a51cea5
-def _unchecked(base):
-    "torchvision's CIFAR reader without its MD5 test, which we make ourselves and record."
-    class AnyFiles(base):
-        train_list = [[name, None] for name, _ in base.train_list]
-        test_list = [[name, None] for name, _ in base.test_list]
-        meta = {**base.meta, "md5": None}
-    return AnyFiles
+_OF_NUMPY = {("multiarray", "_reconstruct"), ("numeric", "_frombuffer")}
+_HARMLESS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+_HARMLESS |= {(f"numpy.{core}.{module}", name) for core in ("core", "_core") for module, name in _OF_NUMPY}
+
+class _PlainValues(pickle.Unpickler):
+    "Reads arrays, lists, dicts and texts; nothing that a file names is run."
+    def find_class(self,
+        module,  # that a file names
+        name,    # of a class or function in it
+    ):           # the class or function, if it is harmless
+        if (module, name) in _HARMLESS: return super().find_class(module, name)
+        rule = "only arrays, lists, dicts and texts are read"
+        raise pickle.UnpicklingError(f"{rule}, and it names {module}.{name}")
+
+def _plain_values(path):
+    with open(path, "rb") as file: return _PlainValues(file, encoding="latin1").load()
 
 def _official(base, folder):
     "Are all files those of the CIFAR home page?"
@@ -165,11 +176,31 @@ def _official(base, folder):
     return all(check_integrity(str(folder/base.base_folder/name), md5) for name, md5 in files)
 
 # %% ../../nbs/10_datasets.arrays.ipynb #7fe09a1d
-def _as_array(cifar):
-    "What torchvision read, as an `ImageArray`."
-    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return ImageArray(pixels, torch.tensor(cifar.targets))
+def _one_batch(path, n_classes):
+    "(uint8 [n, 3072], labels [n]) of a file."
+    content = _plain_values(path)
+    data = np.asarray(content["data"])
+    labels = np.asarray(content["labels"] if "labels" in content else content["fine_labels"])
+    name = Path(path).name
+    is_rows = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3 * 32 * 32
+    require(is_rows, f"{name}: `data` must be uint8 [n, 3072]", f"{data.dtype} {list(data.shape)}")
+    fits = labels.shape == data.shape[:1] and labels.dtype.kind in "iu"
+    require(fits, f"{name}: it must have one whole number for each of {len(data):,} images", list(labels.shape))
+    wrong = labels[(labels < 0) | (labels >= n_classes)]
+    require(not len(wrong), f"{name}: a label must be in 0..{n_classes - 1}", wrong[:1].tolist())
+    return data, labels
 
+# %% ../../nbs/10_datasets.arrays.ipynb #8ec084b7
+def _part_of_cifar(folder, files, n_classes):
+    "An `ImageArray` of one or several batches."
+    batches = [_one_batch(folder/name, n_classes) for name, _ in files]
+    different = {data.tobytes() for data, _ in batches}
+    require(len(different) == len(batches), "its batches must differ", "one of them twice")
+    pixels, labels = (np.concatenate(parts) for parts in zip(*batches))
+    images = torch.from_numpy(pixels).view(-1, 3, 32, 32)
+    return ImageArray(images, torch.from_numpy(labels.astype(np.int64)))
+
+# %% ../../nbs/10_datasets.arrays.ipynb #eb48ac92
 def _find_cifar(base, data):
     "The folder that holds `base.base_folder`; `data`, or data/, filled by a download when online."
     def _find(folder):
@@ -179,17 +210,20 @@ def _find_cifar(base, data):
             "of the CIFAR home page and name the folder it lies in, --data DIR")
     return _found_or_downloaded(_find, base, data, missing, ways)
 
+# %% ../../nbs/10_datasets.arrays.ipynb #b8b68ba5
 def _read_cifar(base, data):
     "(train, test, class names, notes) of CIFAR-10 or CIFAR-100."
-    folder, reader = _find_cifar(base, data), _unchecked(base)
+    found = _find_cifar(base, data)
+    folder = found/base.base_folder
+    notes = {"official_files": _official(base, found)}
     try:
-        train, test = reader(folder, train=True), reader(folder, train=False)
+        classes = list(_plain_values(folder/base.meta["filename"])[base.meta["key"]])
+        train = _part_of_cifar(folder, base.train_list, len(classes))
+        test = _part_of_cifar(folder, base.test_list, len(classes))
     except Exception as e:  # whatever a damaged pickle may raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        rule = f"{folder/base.base_folder} must hold readable CIFAR files"
-        raise BadInput(f"{rule}: {reason}") from None
-    notes = {"official_files": _official(base, folder)}
-    return _as_array(train), _as_array(test), train.classes, notes
+        raise BadInput(f"{folder} must hold readable CIFAR files: {reason}") from None
+    return train, test, classes, notes
 
 # %% ../../nbs/10_datasets.arrays.ipynb #2ce92211
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
-from ..checks import BadInput, require
+from ..checks import BadInput, require, user_path
 from .decoders import Note, colour_of, decode, decode_noting, image_decoder
 from .lists import BENCHMARKS, ImageList, load_lists, places_twin
 from .longtailed import LongTailed
@@ -267,7 +267,7 @@ def benchmark_files(
     parts=None,  # names of parts; default: all
 ) -> dict:       # part -> `ImageList`, its paths as they are below `data`
     "A benchmark's lists, checked, with the paths that this disk has."
-    root = Path(data or "data")
+    root = user_path(data or "data")
     lists = load_lists(name, root, parts)
     if not name.startswith("places_lt"): return lists
     names = next(iter(lists.values())).classes
@@ -283,7 +283,7 @@ def _require_images(name, index, root):
 def _from_lists(name, data, split, size, on_error, mean, std):
     "A benchmark from its lists: trained on `train`, tested on `split`."
     require(split != "train", "`split` must be a part to test on", repr(split))
-    root = Path(data or "data")
+    root = user_path(data or "data")
     lists = benchmark_files(name, data, ["train", split])
     for index in lists.values(): _require_images(name, index, root)
     train = ImageFiles(lists["train"], root, size, on_error)

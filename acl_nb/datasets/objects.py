@@ -109,8 +109,10 @@ def _pixels(picture, where, background="white"):
     rule = (f"{where} must be a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [1 or 3, H, W] "
             "(without a transform to floats: views and normalisation come later)")
     require(hasattr(as_pil, "convert"), rule, _shown(picture))
-    try: return pixels_of(as_pil, background)
+    try: pixels, notes = pixels_of(as_pil, background)
     except BadInput as e: raise BadInput(f"{where} {e}") from None
+    deep = getattr(picture, "dtype", None) == np.uint16
+    return pixels, Note(notes | Note.DEEP * deep)
 
 # %% ../../nbs/14_datasets.objects.ipynb #f8203355
 class _Mapped(Pictures):
