@@ -70,7 +70,7 @@ BAD = {
     "no such data set": (["check", "digts_lt"], "unknown data set 'digts_lt': did you mean digits_lt"),
     "no lists": (["check", "places_lt"], "Places_LT_train.txt not found in data: `acl_data fetch places_lt --data data` puts it there"),
     "no server": (["fetch", "places_lt", "--base", "http://127.0.0.1:1"], "cannot be fetched"),
-    "no folder tree": (["check", "folder_lt", "--data", "nowhere"], "must be a folder with one folder of images a class"),
+    "no folder tree": (["check", "folder_lt", "--data", "nowhere"], "must be a folder with one folder of images per class"),
 }
 
 @pytest.mark.parametrize("args, said", BAD.values(), ids=BAD)
