@@ -45,7 +45,8 @@ def ce_loss(
 # %% ../../nbs/36_losses.logits.ipynb #adf5b32f
 def _check_classes(name, values, flat):
     n_classes = flat.shape[1]
-    require(len(values) == n_classes, f"`{name}` must hold one number per class, {n_classes}", len(values))
+    rule = f"`{name}` must hold one number per class, {n_classes}"
+    require(len(values) == n_classes, rule, len(values))
 
 # %% ../../nbs/36_losses.logits.ipynb #d923a716
 def logit_adjusted_loss(
