@@ -9,6 +9,7 @@ __all__ = ['ACTIONS', 'default_folder', 'argument_parser', 'command', 'parse_set
 # %% ../nbs/70_cli.ipynb #f8b9435a
 import argparse
 import errno
+import hashlib
 import inspect
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 from fastcore.docments import docments
 from tqdm import tqdm
 
-from .checks import BadInput, choose, require
+from .checks import BadInput, choose, require, user_path
 from .counts import shot_groups
 from .datasets import BENCHMARKS, DATASETS, FACTS, benchmark_files, check_files
 from .datasets import fetch_lists, find_list, load_lists, usual_counts
@@ -31,7 +32,7 @@ from .hooks import Diverged, Stopped
 from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
-from .records import Run, accuracy_line
+from .records import Run, accuracy_line, images_line
 from .settings import Recipe
 from .trainer import fit
 
@@ -44,7 +45,9 @@ def default_folder(
     usual = asdict(usual) if usual else asdict(recipe(r.name, loss=r.loss)) | {"loss": recipe(r.name).loss}
     usual["data"] = r.data
     changed = [f"{k}={v}" for k, v in asdict(r).items() if v != usual[k]]
-    return Path("runs")/re.sub(r"[^\w.=-]", "_", "-".join([r.name, *changed]))
+    name = re.sub(r"[^\w.=-]", "_", "-".join([r.name, *changed]))
+    if len(name.encode()) > 200: name = f"{name[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"     # a file system allows 255 bytes
+    return Path("runs")/name
 
 # %% ../nbs/70_cli.ipynb #221b19b3
 class _Parser(argparse.ArgumentParser):
@@ -121,7 +124,9 @@ def report_line(
 ) -> str:     # accuracies, and where the rest is
     "What to tell at the end of a run."
     s = run.summary
-    return f"{accuracy_line(s)}  (epoch {s['epochs']}, {s['seconds']:.0f} s)\n{run.path}/report.html"
+    accuracies = f"{accuracy_line(s)}  (epoch {s['epochs']}, {s['seconds']:.0f} s)"
+    lines = [accuracies, images_line(s, run.env["data"]), f"{run.path}/report.html"]
+    return "\n".join(filter(None, lines))
 
 # %% ../nbs/70_cli.ipynb #26f248f6
 def resolve(
@@ -174,7 +179,7 @@ def acl_train(
     options = dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data)
     r, usual = resolve(name, recipe, options, set or [])
     if print: return _say(json.dumps(asdict(r), indent=2))
-    folder, how = Path(out) if out else default_folder(r, usual), dict(save_every=save_every, tensorboard=tensorboard, workers=workers)
+    folder, how = user_path(out) if out else default_folder(r, usual), dict(save_every=save_every, tensorboard=tensorboard, workers=workers)
     _train(r, folder, resume, hooks=_probes(r, probe), **how)
 
 # %% ../nbs/70_cli.ipynb #97a7fdc0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import acl_nb
-from .checks import require
+from .checks import require, user_path
 from .cli import command
 from .metrics import alignment, center_separation, confusion, evaluate, predictions, reliability, uniformity
 from .networks import load_network
@@ -44,7 +44,7 @@ def open_run(
     data=None,  # folder of the data set's files; None: where the recipe says
 ) -> tuple:     # the `Run`; its `Parts`, with the weights loaded
     "A run made ready for prediction."
-    path = Path(path)
+    path = user_path(path)
     require(not path.is_file() or path.suffix == ".safetensors", "a run folder or its model.safetensors must be named", path)
     weights = path if path.is_file() else path/"model.safetensors"
     run = Run(weights.parent)

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from .checks import BadInput, require
+from .checks import BadInput, require, user_path
 from .records import Run, environment, write_json
 from .settings import Recipe
 
@@ -36,7 +36,7 @@ def open_folder(
     resume:str="auto",  # auto | never | must
 ) -> bool:              # is there a run of this recipe to go on with?
     "Refuse a folder that is not this run's; changes nothing."
-    out = Path(out)
+    out = user_path(out)
     require(resume in ("auto", "never", "must"), "`resume` must be auto, never or must", repr(resume))
     require(out.is_dir() or not out.exists(), "`out` must be a folder", f"the file {out}")
     held = {p.name for p in out.iterdir()} if out.exists() else set()

@@ -23,6 +23,7 @@ from .networks import Network, save_network
 from .processes import all_max, gather_objects, rank
 from .records import Run, percent, write_json, write_predictions, write_report, write_text
 from .settings import Recipe
+from .datasets.decoders import Note
 
 # %% ../nbs/57_hooks.ipynb #804aff8d
 EVENTS = ("begin", "after_backward", "after_step", "after_epoch", "finish")
@@ -187,6 +188,13 @@ def after_epoch(self:Saver, run): # the `Training`
     if (code := self._vote()) > 1: raise Stopped(code)
 
 # %% ../nbs/57_hooks.ipynb #cac31238
+def of_images(data, most=100):
+    "What a summary says of images that lie in files: counts by note, and the names of those that were skipped."
+    train = data.train
+    if not hasattr(train, "counted") or not train.counted(): return {}
+    skipped = train.noted(Note.UNREADABLE)[:most]
+    return {"images": train.counted()} | ({"skipped": skipped} if skipped else {})
+
 def _summary(recipe, history, scores):
     tested = [row for row in history if "top1" in row]
     best, last5 = max(tested, key=lambda row: row["top1"]), [row["top1"] for row in tested[-5:]]
@@ -200,5 +208,6 @@ def finish(self:Saver, run): # the `Training`, done
     if rank() > 0: return
     save_network(run.tested, self.out/"model.safetensors")
     write_predictions(run.predictions, self.out/"predictions.npz")
-    write_json(self.out/"summary.json", _summary(run.parts.recipe, run.history, run.scores))
+    images = of_images(run.parts.data)
+    write_json(self.out/"summary.json", _summary(run.parts.recipe, run.history, run.scores) | images)
     write_report(Run(self.out))

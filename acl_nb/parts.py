@@ -68,8 +68,10 @@ def find_setup(
 
 # %% ../nbs/55_parts.ipynb #206248a9
 def _build_data(r):
-    more = {k: v for k in ("split", "size", "on_error", "class_seed") if (v := getattr(r, k)) is not None}
+    more = {k: v for k in ("split", "size", "on_error", "background", "class_seed") if (v := getattr(r, k)) is not None}
     data = DATASETS[r.dataset](r.data, r.imbalance, r.kind, r.subset_seed, r.n_max, **more)
+    require(len(data.classes) >= 2, "a data set must have at least two classes", f"one, {data.classes[0]}")
+    require(len(data.test) > 0, "a data set must have at least one image to test on", "none")
     require(r.classes in (None, len(data.classes)), f"`classes` must be the number of classes in the data, {len(data.classes)}", r.classes)
     return data
 
@@ -147,6 +149,8 @@ class Parts:
         self.views, self.plain = _pipelines(recipe, self.data)
         self.train, self.test = (cut_where_decoded(*pair) for pair in ((self.data.train, self.views), (self.data.test, self.plain)))
         self.batches = EpochBatches(len(self.train), recipe.batch_size, recipe.seed)
+        rows = self.batches.size // world_size() * recipe.views
+        require(rows >= 2, "a process's batch must hold at least two views, for its batch statistics", rows)
         require(workers is None or workers >= 0, "`workers` must be at least 0", workers)
         self.workers = _workers(self.train) if workers is None else workers
         self.loader = load_batches(self.train, self.batches, self.workers)

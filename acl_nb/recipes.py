@@ -6,12 +6,12 @@
 __all__ = ['RECIPES', 'LOSS_SETTINGS', 'DATA_LOSS_SETTINGS', 'recipe', 'recipe_rows', 'recipe_from', 'read_json', 'read_recipe']
 
 # %% ../nbs/51_recipes.ipynb #a8093ff0
+import codecs
 import json
 from collections import Counter
 from dataclasses import asdict, fields
-from pathlib import Path
 
-from .checks import BadInput, choose, require
+from .checks import BadInput, choose, require, user_path
 from .datasets import FACTS
 from .losses import TRAITS, loss_traits, losses_that
 from .settings import Recipe
@@ -132,11 +132,16 @@ def _once(pairs):
     return dict(pairs)
 
 # %% ../nbs/51_recipes.ipynb #ca65b3a6
+def _text(data):
+    "Text that an editor or a shell wrote: UTF-8, or what a byte order mark says."
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return data.decode("utf-16" if wide else "utf-8-sig")
+
 def read_json(
     path,  # of a JSON file
 ):         # what it holds
     "Read JSON; what can't be read is one sentence."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    try: return json.loads(_text(user_path(path).read_bytes()), object_pairs_hook=_once)
     except BadInput as e: raise BadInput(f"{path}: {e}") from None
     except (OSError, ValueError, RecursionError) as e: raise BadInput(f"{path} must be a readable JSON file: {' '.join(str(e).split())}") from None
 

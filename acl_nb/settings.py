@@ -46,6 +46,7 @@ class Images:
     split: str | None = None        # part that is tested on: test | val; None: the data set's usual one
     size: int | None = None         # side of the views in pixels; None: the data set's own
     on_error: str | None = None     # a broken training image: raise | skip; None: raise
+    background: str | None = None   # put below what is transparent: a colour such as white or #808080; None: white
     imbalance: float | str = 20.0   # IF of the training set, at least 1; as_is: all images that there are
     kind: str = "exp"               # exp | step | balanced
     subset_seed: int = 0            # of the draw of the long-tailed subset; the literature uses 0
@@ -147,7 +148,7 @@ def _checked(name, value, kind):
 def _check_data_settings(r):
     "Rules between a data set and its settings, from the data sets' one table."
     facts = FACTS[r.dataset]
-    for field in ("split", "size", "on_error", "class_seed"):
+    for field in ("split", "size", "on_error", "background", "class_seed"):
         value = getattr(r, field)
         require(value is None or field in facts.reads,
                 f"`{field}` must be none: {r.dataset} leaves no choice of it", value)

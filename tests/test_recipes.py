@@ -37,8 +37,8 @@ def cifar(root, base, key, meta):
     "An archive of CIFAR, with few images."
     (root/base.base_folder).mkdir()
     n = 100 if base is CIFAR10 else 400
-    for name, _ in base.train_list + base.test_list:
-        pixels = np.random.default_rng(0).integers(0, 256, (n, 3072), dtype=np.uint8)
+    for seed, (name, _) in enumerate(base.train_list + base.test_list):
+        pixels = np.random.default_rng(seed).integers(0, 256, (n, 3072), dtype=np.uint8)
         (root/base.base_folder/name).write_bytes(pickle.dumps({"data": pixels, key: (np.arange(n) % CLASSES[base.__name__.lower() + "_lt"]).tolist()}))
     (root/base.base_folder/base.meta["filename"]).write_bytes(pickle.dumps({meta: [str(c) for c in range(CLASSES[base.__name__.lower() + "_lt"])]}))
 

@@ -45,6 +45,7 @@ class Facts(NamedTuple):
 # %% ../../nbs/16_datasets.ipynb #a62f2003
 _CUT = ("imbalance", "kind", "subset_seed", "n_max")
 _FILES = ("split", "size", "on_error")
+_ANY_FILES = (*_FILES, "background")    # of folders, which may hold anything
 
 def _small(build, *more, **facts):
     "Images in memory, always cut to a long tail."
@@ -72,9 +73,9 @@ FACTS = {
     "imagenet_lt": _listed(imagenet_lt),
     "places_lt": _listed(places_lt),
     "inaturalist18": _listed(inaturalist18),
-    "imagenet": Facts(imagenet, (*_CUT, *_FILES), 1000, 1300,
+    "imagenet": Facts(imagenet, (*_CUT, *_ANY_FILES), 1000, 1300,
                       shape=(3, 224, 224), test=50_000, total=1_281_167),
-    "folder_lt": Facts(folder_lt, (*_CUT, *_FILES)),
+    "folder_lt": Facts(folder_lt, (*_CUT, *_ANY_FILES)),
 }
 DATASETS = {name: facts.build for name, facts in FACTS.items()}
 

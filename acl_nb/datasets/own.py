@@ -6,8 +6,6 @@
 __all__ = ['validation_split', 'cut_tail', 'split_off', 'folder_lt', 'imagenet']
 
 # %% ../../nbs/14_datasets.own.ipynb #74e868b7
-from pathlib import Path
-
 import torch
 
 from ..checks import require, user_path
