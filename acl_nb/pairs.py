@@ -23,29 +23,42 @@ def flatten_views(
     "Every view becomes an anchor with its image's label."
     return z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
 
-# %% ../nbs/30_pairs.ipynb #cf3cb854
-def _check_batch(z, labels, temperature):
-    require(z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
-    require(torch.is_tensor(labels), f"`labels` must be a tensor [B] = [{len(z)}]", type(labels).__name__)
-    require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
-    require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
-    require(not torch.is_tensor(temperature) or not temperature.requires_grad, "`temperature` must be a number; a learnable one gets no gradient here")
-    require(temperature > 0, "`temperature` must be positive", temperature)
-    require(int(labels.min()) >= 0, "`labels` must be at least 0", int(labels.min()))
+# %% ../nbs/30_pairs.ipynb #62fcbea6
+def _check_labels(labels, n_images):
+    is_tensor = torch.is_tensor(labels)
+    require(is_tensor, f"`labels` must be a tensor [B] = [{n_images}]", type(labels).__name__)
+    one_per_image = labels.shape == (n_images,)
+    require(one_per_image, f"`labels` must be [B] = [{n_images}]", list(labels.shape))
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    require(whole, "`labels` must be whole numbers", labels.dtype)
+    smallest = int(labels.min())
+    require(smallest >= 0, "`labels` must be at least 0", smallest)
 
-# %% ../nbs/30_pairs.ipynb #63d4207f
+def _check_batch(z, labels, temperature):
+    has_shape = z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1
+    require(has_shape, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
+    _check_labels(labels, len(z))
+    learnable = torch.is_tensor(temperature) and temperature.requires_grad
+    require(not learnable, "`temperature` must be a number; a learnable one gets no gradient here")
+    require(temperature > 0, "`temperature` must be positive", temperature)
+
+# %% ../nbs/30_pairs.ipynb #31bbbefd
 _UNIT_TOLERANCE = 0.02    # of a vector's length; bfloat16 keeps 8 bits
 
 def _check_unit(name, rows):
     off = (rows.detach().float().norm(dim=-1) - 1).abs().max()
     require(not bool(off.isnan()), f"`{name}` must be finite", "nan")
-    require(bool(off <= _UNIT_TOLERANCE), f"`{name}` must have unit length (within {_UNIT_TOLERANCE})", f"a length off by {off:.3g}")
+    rule = f"`{name}` must have unit length (within {_UNIT_TOLERANCE})"
+    require(bool(off <= _UNIT_TOLERANCE), rule, f"a length off by {off:.3g}")
 
 def _check_centers(centers, z, labels):
-    require(centers.ndim == 2 and centers.shape[1] == z.shape[-1], f"`centers` must be [C, {z.shape[-1]}], as wide as `z`", list(centers.shape))
-    require(int(labels.max()) < len(centers), f"`labels` must be below the {len(centers)} classes of `centers`", int(labels.max()))
+    D, C = z.shape[-1], len(centers)
+    as_wide = centers.ndim == 2 and centers.shape[1] == D
+    require(as_wide, f"`centers` must be [C, {D}], as wide as `z`", list(centers.shape))
+    largest = int(labels.max())
+    require(largest < C, f"`labels` must be below the {C} classes of `centers`", largest)
 
-# %% ../nbs/30_pairs.ipynb #261c1565
+# %% ../nbs/30_pairs.ipynb #fe2f4356
 class Anchors(NamedTuple):
     "A checked batch: N anchors, and the centres that join their keys (none: C = 0)."
     z: torch.Tensor              # [N, D] float32 or float64
@@ -54,9 +67,10 @@ class Anchors(NamedTuple):
     center_labels: torch.Tensor  # [C] int64, 0..C-1
 
     @property
-    def key_labels(self): return torch.cat([self.labels, self.center_labels])   # [N + C]
+    def key_labels(self): # [N + C]
+        return torch.cat([self.labels, self.center_labels])
 
-# %% ../nbs/30_pairs.ipynb #eb6b7581
+# %% ../nbs/30_pairs.ipynb #4e738996
 def check_pairs(
     z:torch.Tensor,             # [B, V, D] unit length
     labels:torch.Tensor,        # [B]
@@ -64,11 +78,16 @@ def check_pairs(
     centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
 ) -> Anchors:
     "Check a batch once and flatten it, without forming any pair."
-    _check_batch(z, labels, temperature); _check_unit("z", z)
-    if centers is not None: _check_centers(centers, z, labels); _check_unit("centers", centers)
-    z, labels = flatten_views(z if z.dtype == torch.float64 else z.float(), labels.long())
+    _check_batch(z, labels, temperature)
+    _check_unit("z", z)
+    if centers is not None:
+        _check_centers(centers, z, labels)
+        _check_unit("centers", centers)
+    widened = z if z.dtype == torch.float64 else z.float()
+    z, labels = flatten_views(widened, labels.long())
     centers = z.new_zeros(0, z.shape[1]) if centers is None else centers.to(z.dtype)
-    return Anchors(z, labels, centers, torch.arange(len(centers), device=labels.device))
+    center_labels = torch.arange(len(centers), device=labels.device)
+    return Anchors(z, labels, centers, center_labels)
 
 # %% ../nbs/30_pairs.ipynb #3140e405
 class Contrast(NamedTuple):
@@ -79,7 +98,7 @@ class Contrast(NamedTuple):
     labels: torch.Tensor      # [N] class of each anchor
     key_labels: torch.Tensor  # [K] class of each key
 
-# %% ../nbs/30_pairs.ipynb #b79a481c
+# %% ../nbs/30_pairs.ipynb #047591d9
 def contrast(
     z:torch.Tensor,             # [B, V, D] unit length
     labels:torch.Tensor,        # [B]
@@ -87,22 +106,24 @@ def contrast(
     centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
 ) -> Contrast:
     "Similarities and masks of every anchor-key pair; half precision is computed in float32."
-    z, labels, centers, _ = batch = check_pairs(z, labels, temperature, centers)
-    keys, key_labels = torch.cat([z, centers]), batch.key_labels
-    with torch.autocast(z.device.type, enabled=False): sim = z @ keys.T / temperature
-    same = labels[:, None] == key_labels
-    self_pair = torch.eye(*sim.shape, dtype=torch.bool, device=z.device)
-    return Contrast(sim, same & ~self_pair, ~same, labels, key_labels)
+    batch = check_pairs(z, labels, temperature, centers)
+    keys, key_labels = torch.cat([batch.z, batch.centers]), batch.key_labels
+    with torch.autocast(z.device.type, enabled=False):
+        sim = batch.z @ keys.T / temperature
+    same_class = batch.labels[:, None] == key_labels
+    itself = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+    return Contrast(sim, same_class & ~itself, ~same_class, batch.labels, key_labels)
 
-# %% ../nbs/30_pairs.ipynb #9457971d
+# %% ../nbs/30_pairs.ipynb #1ffc5066
 def masked_logsumexp(
     s:torch.Tensor,     # [N, K]
     mask:torch.Tensor,  # [N, K] bool, the entries to sum
 ) -> torch.Tensor:      # [N], -inf where no entry is kept (with gradient 0)
     "Stable log Σ exp over the entries of each row that `mask` keeps."
-    some = mask.any(1)
-    lse = torch.logsumexp(s.masked_fill(~mask, -torch.inf).masked_fill(~some[:, None], 0), 1)
-    return torch.where(some, lse, -torch.inf)
+    has_entry = mask.any(1)
+    kept = s.masked_fill(~mask, -torch.inf)
+    kept = kept.masked_fill(~has_entry[:, None], 0)     # keeps nan out of the gradient of an empty row
+    return torch.where(has_entry, torch.logsumexp(kept, 1), -torch.inf)
 
 # %% ../nbs/30_pairs.ipynb #f74af2c6
 def key_counts(
@@ -121,7 +142,7 @@ def count_alike(
     ordered = key_labels.sort().values
     return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
 
-# %% ../nbs/30_pairs.ipynb #1abf8195
+# %% ../nbs/30_pairs.ipynb #274fa40d
 NEGATIVES = ("batch", "prior", "adjusted", "none")
 
 def check_negatives(
@@ -130,12 +151,20 @@ def check_negatives(
     n_classes:int=0,  # classes that the counts must cover
 ):
     "Refuse an unknown mode, and a mode that lacks the counts it needs."
-    require(negatives in NEGATIVES, f"`negatives` must be one of {', '.join(NEGATIVES)}", repr(negatives))
-    if negatives not in ("prior", "adjusted"): return
+    known = negatives in NEGATIVES
+    require(known, f"`negatives` must be one of {', '.join(NEGATIVES)}", repr(negatives))
+    if negatives not in ("prior", "adjusted"):
+        return
     require(class_counts is not None, f'`negatives="{negatives}"` needs `class_counts`')
-    require(len(class_counts) >= n_classes, "`class_counts` must cover every class", f"{len(class_counts)} counts for {n_classes} classes")
+    got = f"{len(class_counts)} counts for {n_classes} classes"
+    require(len(class_counts) >= n_classes, "`class_counts` must cover every class", got)
 
-# %% ../nbs/30_pairs.ipynb #23e621af
+# %% ../nbs/30_pairs.ipynb #3c57f0a6
+def _log_key_counts(key_labels, dtype):
+    "[K] log b_j, for the class j of each key."
+    return count_alike(key_labels, key_labels).to(dtype).log()
+
+# %% ../nbs/30_pairs.ipynb #1f126e13
 def column_and_row(
     labels:torch.Tensor,      # [N] of the anchors
     key_labels:torch.Tensor,  # [K]
@@ -144,11 +173,15 @@ def column_and_row(
     dtype=torch.float64,      # of the result
 ) -> tuple:                   # log-weights: of the keys [K], of the anchors' rows [N]; None for weight 1
     "log w_in as a column of the keys plus a row of the anchors."
-    if negatives == "none": return None, None
-    prior = None if class_counts is None or negatives == "batch" else log_prior(class_counts, dtype).to(labels.device)
-    if negatives == "prior": return (log(len(prior)) - prior - torch.logsumexp(-prior, 0))[key_labels], None
-    log_b = count_alike(key_labels, key_labels).to(dtype).log()
-    return (-log_b, None) if negatives == "batch" else (prior[key_labels] - log_b, -prior[labels])
+    if negatives == "none":
+        return None, None
+    if negatives == "batch":
+        return -_log_key_counts(key_labels, dtype), None
+    prior = log_prior(class_counts, dtype).to(labels.device)
+    if negatives == "prior":
+        mean_one = log(len(prior)) - prior - torch.logsumexp(-prior, 0)     # of each class
+        return mean_one[key_labels], None
+    return prior[key_labels] - _log_key_counts(key_labels, dtype), -prior[labels]
 
 # %% ../nbs/30_pairs.ipynb #f9229fc4
 def negative_weights(

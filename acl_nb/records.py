@@ -22,7 +22,7 @@ from fastcore.basics import patch
 import acl_nb
 from .checks import BadInput, require
 from .datasets.decoders import image_decoder
-from .losses.matmul import matmul_route
+from .kernels import matmul_route
 from .metrics import confusion, reliability
 from .networks import load_network
 from .plots import plot_balance, plot_balance_history, plot_confusion, plot_counts, plot_curves, plot_per_class, plot_reliability

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from acl_nb.losses.acl import acl_loss, acl_loss_plain
 from acl_nb.losses.bcl import bcl_loss
-from acl_nb.losses.matmul import matmul_route
+from acl_nb.kernels import matmul_route
 from acl_nb.losses.scl import scl_loss
 from benching import Rows, interleaved, median_ratio, out_option, processor_name
 

@@ -16,9 +16,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from acl_nb import kernels
 from acl_nb.checkpoints import latest
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
-from acl_nb.losses import LOSSES, Objective, acl, bcl, losses_that, make_loss, scl, tiled
+from acl_nb.losses import LOSSES, Objective, acl, bcl, losses_that, make_loss, scl
 from acl_nb.networks import Output
 from acl_nb.pairs import NEGATIVES
 from acl_nb.probes import Probe
@@ -111,11 +112,11 @@ def relative_error(found, wanted):
 @contextmanager
 def several_tiles(N, K, parts=3):
     "A budget that makes about three tiles, and the device's way on the CPU too."
-    dense = partial(tiled.tiled_loss, method="dense")
+    dense = partial(kernels.tiled_loss, method="dense")
     with ExitStack() as changed:
-        changed.enter_context(mock.patch.object(tiled, "_BUDGET", 4 * K * -(-N // parts)))
+        changed.enter_context(mock.patch.object(kernels, "_BUDGET", 4 * K * -(-N // parts)))
         for module in (acl, bcl, scl): changed.enter_context(mock.patch.object(module, "tiled_loss", dense))
-        assert tiled._rows(torch.empty(N, 1), K) < N
+        assert kernels._rows(torch.empty(N, 1), K) < N
         yield
 
 def check_losses(bench):

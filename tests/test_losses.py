@@ -108,6 +108,30 @@ def test_bad_input_is_one_sentence(f, z, labels, centers, temperature, said):
     with pytest.raises(BadInput) as e: f(z, labels, centers=centers, temperature=temperature)
     assert said in str(e.value) and "\n" not in str(e.value)
 
+def functions_of(value):
+    "Names of all functions in the graph of a value."
+    found, todo = set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        found.add(node.name())
+        todo += [before for before, _ in node.next_functions if before is not None]
+    return found
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_which_losses_are_swept_in_tiles(name):
+    traits, loss = TRAITS[name], make_loss(name, class_counts=COUNTS[:2])
+    z = Z.clone().requires_grad_()
+    logits = z @ C.T
+    if traits.kind == "contrastive":
+        result = loss(z, Y, C)
+    elif name == "paco":
+        result = loss(z[:, 0], z[:, 0], Y, Y, logits[:, 0])
+    elif name == "gpaco":
+        result = loss(z, Y, logits)
+    else:
+        result = loss(logits[:, 0], Y)
+    assert ("_TiledLossBackward" in functions_of(result)) == (name in ("scl", "bcl", "acl"))
+
 class Between(torch.nn.Module):
     "A throw-away loss: the positives' share of the denominator counts half."
     def __init__(self, temperature=0.1):

@@ -86,6 +86,11 @@ def test_the_picture_is_small():
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
     assert pictures and all((ROOT/p).stat().st_size < 200_000 for p in pictures)
 
+def test_the_way_of_the_data_names_rooms_that_exist():
+    named = re.findall(r'class="module"[^>]*>([\w.]+)<', (ROOT/"nbs/images/way.svg").read_text(encoding="utf-8"))
+    notebooks = {path.stem.split("_", 1)[-1] for path in (ROOT/"nbs").glob("[0-9]*.ipynb")}
+    assert len(named) == 8 and set(named) <= notebooks
+
 def test_the_map_has_every_notebook():
     for path in (ROOT/"nbs").rglob("[!.]*.ipynb"):
         if path.name != "index.ipynb" and ".ipynb_checkpoints" not in path.parts: assert f"]({path.relative_to(ROOT)})" in README, f"{path.name} is not in the map of nbs/index.ipynb"

@@ -103,7 +103,7 @@ def test_every_page_opens_with_its_figures_drawn(site, pages):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     errors, bare, home = [], [], f"http://127.0.0.1:{server.server_port}"
-    drawn = "[...document.querySelectorAll('.plotly-graph-div')].filter(g => !g.querySelector('.main-svg') || !g.querySelector('.trace, .point, image, .heatmaplayer *, path.js-line'))"
+    drawn = "[...document.querySelectorAll('.plotly-graph-div')].filter(g => !g.querySelector('.main-svg') || !g.querySelector('.trace, .point, image, .heatmaplayer *, path.js-line, .shapelayer path'))"
     with browser() as chromium:
         page, outside = new_page(chromium, home)
         page.on("console", lambda m: errors.append((page.url, m.text)) if m.type == "error" else None)

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from ..checks import BadInput, require
-from .arrays import LongTailed
+from .longtailed import LongTailed
 from .decoders import decode, image_decoder
 from .lists import BENCHMARKS, ImageList, load_lists, places_twin
 
@@ -30,21 +30,39 @@ def middle_square(
     size:int=None,       # side in pixels; None: the image as it is
 ) -> torch.Tensor:       # uint8 [C, size, size]
     "Scale the shorter side to `size` and cut out the middle."
-    return image if size is None else center_crop(resize(image, [size], antialias=True), [size, size])
+    if size is None: return image
+    return center_crop(resize(image, [size], antialias=True), [size, size])
 
 # %% ../../nbs/13_datasets.files.ipynb #8f8fad4d
+def _file_bytes(path):
+    "The content of an image file; one that cannot be opened is named."
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise BadInput(f"{path} must be a readable image: {e}") from None
+
 def read_image(
     path,           # of a JPEG, PNG, WebP or GIF file
     size:int=None,  # side of the middle square to cut out, in pixels; default: the image as it is
 ) -> torch.Tensor:  # uint8 [3, H, W], upright
     "Decode an image file; one that cannot be decoded is named."
-    try: data = Path(path).read_bytes()
-    except OSError as e: raise BadInput(f"{path} must be a readable image: {e}") from None
-    return middle_square(decode(data, path), size)
+    return middle_square(decode(_file_bytes(path), path), size)
+
+# %% ../../nbs/13_datasets.files.ipynb #302df948
+def _filled(found):
+    "A batch in which each gap (None) is filled by another item, from the first on in turn."
+    good = [item for item in found if item is not None]
+    require(good, "a batch must hold at least one readable image", f"none of {len(found)}")
+    return [good[k % len(good)] if item is None else item for k, item in enumerate(found)]
+
+def _stacked(images):
+    "One tensor where all images are of one size, else a list."
+    sizes = {image.shape for image in images}
+    return torch.stack(images) if len(sizes) == 1 else list(images)
 
 # %% ../../nbs/13_datasets.files.ipynb #304ccf43
 class Pictures(Dataset):
-    "What data sets have in common whose images are loaded one by one: `_load(i)` gives uint8 [3, H, W] or raises `BadInput`."
+    "Images loaded one by one: a child's `_load(i)` gives uint8 [3, H, W] or raises `BadInput`."
     def __init__(self,
         labels,    # int64 [n]
         classes,   # C names
@@ -52,58 +70,74 @@ class Pictures(Dataset):
         on_error,  # raise | skip
     ):
         require(on_error in ("raise", "skip"), "`on_error` must be raise or skip", repr(on_error))
-        self.labels, self.classes, self.size, self.on_error, self.views = labels, classes, size, on_error, None
-        self.broken = torch.zeros(len(labels), dtype=torch.bool).share_memory_()   # [n], met and not readable
+        self.labels, self.classes = labels, classes
+        self.size, self.on_error = size, on_error
+        self.views = None  # of `cut_by`
+        # [n], the images that were met and could not be read
+        self.broken = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
     @property
-    def shape(self): return [3, self.size, self.size] if self.views is None else [3, self.views.size, self.views.size]
+    def shape(self):
+        size = self.size if self.views is None else self.views.size
+        return [3, size, size]
+
     def __len__(self): return len(self.labels)
-    def _image(self, i): return self._load(i) if self.views is None else self.views.cut(self._load(i), i, self.epoch.item())
-    def __getitem__(self, i): return self._image(i), self.labels[i], i
-    def __getitems__(self, ids):
-        found = [self._if_readable(i) for i in torch.as_tensor(ids).tolist()]
-        good = [f for f in found if f]
-        require(good, "a batch must hold at least one readable image", f"none of {len(ids)}")
-        images, ids = zip(*(f or good[k % len(good)] for k, f in enumerate(found)))
-        same = len({x.shape for x in images}) == 1
-        return torch.stack(images) if same else list(images), self.labels[list(ids)], torch.tensor(ids)
+
+    def _image(self, i):
+        image = self._load(i)
+        return image if self.views is None else self.views.cut(image, i, self.epoch.item())
+
     def _if_readable(self, i):
-        try: return self._image(i), i
+        "(image, position); None for a broken image that is to be skipped."
+        try:
+            return self._image(i), i
         except BadInput:
             if self.on_error == "raise": raise
             self.broken[i] = True
+
+    def __getitem__(self, i): return self._image(i), self.labels[i], i
+    def __getitems__(self, ids):
+        found = [self._if_readable(i) for i in torch.as_tensor(ids).tolist()]
+        images, ids = zip(*_filled(found))
+        return _stacked(images), self.labels[list(ids)], torch.tensor(ids)
 
 # %% ../../nbs/13_datasets.files.ipynb #2b0b3217
 @patch
 def cut_by(self:Pictures,
     pipeline,   # a `ViewPipeline`
-):              # a copy whose images are crops, uint8 [V, 3, S, S]; write the epoch with `.epoch.fill_(e)`
+):              # a copy with crops for images, uint8 [V, 3, S, S]; `.epoch.fill_(e)` sets the epoch
     "The same pictures, each as the crops that a pipeline makes of it."
     other = copy(self)
-    other.views, other.epoch = pipeline, torch.zeros((), dtype=torch.int64).share_memory_()
+    other.views = pipeline
+    other.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
     other.size = None
     return other
 
 # %% ../../nbs/13_datasets.files.ipynb #d6c68782
 class ImageFiles(Pictures):
-    "Image files below a root; an item is (image uint8 [3, H, W], label, position), a batch stacks them when they are of one size."
+    "Image files below a root; an item is (image uint8 [3, H, W], label, position)."
     def __init__(self,
         index:ImageList,       # paths, labels and classes
         root,                  # folder that the paths are relative to
         size:int=None,         # side of the middle square in pixels; None: as the file is
-        on_error:str="raise",  # a file that cannot be decoded: raise | skip (another of its batch comes twice, `skipped` names it)
+        on_error:str="raise",  # a file that cannot be decoded: raise | skip (see `skipped`)
     ):
         super().__init__(index.labels, index.classes, size, on_error)
         self.index, self.root = index, Path(root)
-        image_decoder()        # a wrong ACL_NB_DECODER is refused here; later every file would seem broken
+        image_decoder()  # refuses a wrong ACL_NB_DECODER; later every file would seem broken
 
-    def _load(self, i): return read_image(os.path.join(self.root, self.index.path(i)), self.size)
+    def _load(self, i):
+        return read_image(os.path.join(self.root, self.index.path(i)), self.size)
+
     @property
-    def skipped(self): return [self.index.path(i) for i in self.broken.nonzero().flatten().tolist()]
+    def skipped(self): # paths of the broken files that were met
+        return [self.index.path(i) for i in self.broken.nonzero().flatten().tolist()]
+
     def subset(self,
-        ids,  # positions
+        ids,  # positions of the files to keep
     ):        # another `ImageFiles`
         return ImageFiles(self.index.subset(ids), self.root, self.size, self.on_error)
+
     def digest_into(self,
         sha,  # a hashlib object; takes every path and label, in order, not the pixels
     ):
@@ -115,6 +149,22 @@ def _decodes(path):
     except BadInput: return False
     return True
 
+def _in_blocks(n, size=256):
+    "The positions 0..n-1 as ranges of `size`, the last one shorter."
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+def _refused_files(index, is_good, workers):
+    "Paths of the list that are not `is_good`, in its order; tested in threads, with a bar."
+    def _bad_of(block):
+        return [path for path in map(index.path, block) if not is_good(path)]
+    bad, blocks = [], _in_blocks(len(index))
+    bar = tqdm(total=len(index), unit=" files", disable=None)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        for block, paths in zip(blocks, pool.map(_bad_of, blocks)):
+            bad += paths
+            bar.update(len(block))
+    return bad
+
 # %% ../../nbs/13_datasets.files.ipynb #005780f9
 def check_files(
     index:ImageList,    # what must be there
@@ -122,33 +172,45 @@ def check_files(
     decode:bool=False,  # also decode every file
     workers:int=8,      # threads; looking and decoding both release Python's lock
 ) -> int:               # files found
-    "Every file of a list exists, and with `decode` every one can be decoded; else an error that names the first 20 that do not."
-    def _bad(ids):
-        paths = [(i, os.path.join(root, index.path(i))) for i in ids]
-        return [index.path(i) for i, path in paths if not os.path.isfile(path) or decode and not _decodes(path)]
-    if decode: image_decoder()     # a wrong ACL_NB_DECODER is refused once; else every file would seem broken
-    blocks = [range(start, min(start + 256, len(index))) for start in range(0, len(index), 256)]
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(index), unit=" files", disable=None) as bar:
-        found = []
-        for block, names in zip(blocks, pool.map(_bad, blocks)): found += names; bar.update(len(block))
-    shown = ", ".join(found[:20]) + (", …" if len(found) > 20 else "")
-    require(not found, f"{root} must hold all {len(index):,} files of the list{', readable' if decode else ''}", f"{len(found):,} missing{' or broken' if decode else ''}: {shown}")
+    "Every file of a list exists and, with `decode`, is readable; else an error names the first 20."
+    if decode: image_decoder()  # refuses a wrong ACL_NB_DECODER; else every file would seem broken
+
+    def _is_good(name):
+        path = os.path.join(root, name)
+        return os.path.isfile(path) and (not decode or _decodes(path))
+
+    bad = _refused_files(index, _is_good, workers)
+    readable, or_broken = (", readable", " or broken") if decode else ("", "")
+    shown = ", ".join(bad[:20]) + (", …" if len(bad) > 20 else "")
+    rule = f"{root} must hold all {len(index):,} files of the list{readable}"
+    require(not bad, rule, f"{len(bad):,} missing{or_broken}: {shown}")
     return len(index)
 
 # %% ../../nbs/13_datasets.files.ipynb #c4e9738a
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INAT_MEAN, INAT_STD = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INAT_MEAN = (0.466, 0.471, 0.380)
+INAT_STD = (0.195, 0.194, 0.192)
 
 # %% ../../nbs/13_datasets.files.ipynb #c50c6c08
 def _require_as_is(name, imbalance, n_max):
-    require(imbalance in (None, "as_is") and n_max is None, f"{name} is long-tailed by its list: `imbalance` must be as_is and `n_max` unset", f"imbalance={imbalance}, n_max={n_max}")
+    as_is = imbalance in (None, "as_is") and n_max is None
+    rule = f"{name} is long-tailed by its list: `imbalance` must be as_is and `n_max` unset"
+    require(as_is, rule, f"imbalance={imbalance}, n_max={n_max}")
 
 # %% ../../nbs/13_datasets.files.ipynb #ed018e47
+def _places_twins(index, names):
+    "The same images by the other family's paths."
+    labels = index.labels.tolist()
+    twins = [places_twin(index.path(i), names[y]) for i, y in enumerate(labels)]
+    return ImageList(np.array([os.fsencode(path) for path in twins]), index.labels, names)
+
 def _as_on_disk(index, root, names):
     "A Places list with the paths that `root` holds: its own or those of the other family."
-    if (root/index.path(0)).is_file(): return index
-    twins = [places_twin(index.path(i), names[y]) for i, y in enumerate(index.labels.tolist())]
-    return ImageList(np.array([os.fsencode(p) for p in twins]), index.labels, names) if (root/twins[0]).is_file() else index
+    def _is_there(some): return (root/some.path(0)).is_file()
+    if _is_there(index): return index
+    twins = _places_twins(index, names)
+    return twins if _is_there(twins) else index
 
 # %% ../../nbs/13_datasets.files.ipynb #2bd1bcdd
 def benchmark_files(
@@ -164,12 +226,20 @@ def benchmark_files(
     return {part: _as_on_disk(index, root, names) for part, index in lists.items()}
 
 # %% ../../nbs/13_datasets.files.ipynb #fb8296d7
+def _require_images(name, index, root):
+    "The images of a benchmark are below `root`, as far as its first one tells."
+    first = index.path(0)
+    rule = f"{root} must hold the images of {name}: {BENCHMARKS[name].images}"
+    require((root/first).is_file(), rule, f"no {first}")
+
 def _from_lists(name, data, split, size, on_error, mean, std):
     "A benchmark from its lists: trained on `train`, tested on `split`."
-    root, lists = Path(data or "data"), benchmark_files(name, data, ["train", split])
-    for index in lists.values():
-        require((root/index.path(0)).is_file(), f"{root} must hold the images of {name}: {BENCHMARKS[name].images}", f"no {index.path(0)}")
-    train, test = (ImageFiles(index, root, size, how) for index, how in zip(lists.values(), (on_error, "raise")))
+    require(split != "train", "`split` must be a part to test on", repr(split))
+    root = Path(data or "data")
+    lists = benchmark_files(name, data, ["train", split])
+    for index in lists.values(): _require_images(name, index, root)
+    train = ImageFiles(lists["train"], root, size, on_error)
+    test = ImageFiles(lists[split], root, size, "raise")
     return LongTailed(name, train, test, train.classes, mean, std, split)
 
 # %% ../../nbs/13_datasets.files.ipynb #5c86a7de
@@ -179,7 +249,7 @@ def imagenet_lt(
     kind:str="exp",         # not used: the list is what it is
     seed:int=0,             # not used
     n_max=None,             # fixed by the list (1,280)
-    split:str="test",       # evaluated on: test (50 a class) | val (20 a class)
+    split:str="test",       # evaluated on: test (50 per class) | val (20 per class)
     size:int=224,           # side of the images in pixels
     on_error:str="raise",   # a broken file of the training part: raise | skip
 ) -> LongTailed:
@@ -194,7 +264,7 @@ def inaturalist18(
     kind:str="exp",         # not used: the list is what it is
     seed:int=0,             # not used
     n_max=None,             # fixed by the list (1,000)
-    split:str="val",        # evaluated on: val (3 a class); the test labels were never published
+    split:str="val",        # evaluated on: val (3 per class); the test labels were never published
     size:int=224,           # side of the images in pixels
     on_error:str="raise",   # a broken file of the training part: raise | skip
 ) -> LongTailed:
@@ -204,12 +274,12 @@ def inaturalist18(
 
 # %% ../../nbs/13_datasets.files.ipynb #3ae46590
 def places_lt(
-    data=None,              # folder with the images (either layout) and the lists (either family); default: data/
+    data=None,              # folder with the images and the lists, in either layout; default: data/
     imbalance="as_is",      # fixed by the list (996)
     kind:str="exp",         # not used: the list is what it is
     seed:int=0,             # not used
     n_max=None,             # fixed by the list (4,980)
-    split:str="test",       # evaluated on: test (36,500 images) | val (7,300); the literature mixes them, so always say which
+    split:str="test",       # evaluated on: test (36,500 images) | val (7,300); papers mix them
     size:int=224,           # side of the images in pixels
     on_error:str="raise",   # a broken file of the training part: raise | skip
 ) -> LongTailed:

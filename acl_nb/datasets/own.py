@@ -14,41 +14,62 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..checks import require
 from ..counts import class_counts, long_tail_indices
-from .arrays import LongTailed
 from .files import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, Pictures, middle_square
 from .lists import read_folder, require_same_classes
+from .longtailed import LongTailed, hold_out, int64_bytes
 
 # %% ../../nbs/14_datasets.own.ipynb #77fa2e00
+def _share_of_each(labels, share):
+    "int64 [C], images that each class gives."
+    n = torch.bincount(labels)
+    wanted = (n * share).round().long().clamp(min=1)
+    all_but_one = (n - 1).clamp(min=0)
+    return wanted.minimum(all_but_one)
+
 def validation_split(
     labels,           # [N] of the training set
     share:float=0.1,  # of each class, in 0..1
     seed:int=0,       # of the draw
-) -> tuple:           # (ids that stay in train, ascending; ids for validation, class by class), int64, disjoint
+) -> tuple:           # (ids that stay in train, ascending; ids for validation, class by class), int64
     "Carve a stratified validation set out of a training set."
     require(0 < share < 1, "`share` must lie between 0 and 1", share)
     labels = torch.as_tensor(labels)
-    n = torch.bincount(labels)
-    take = (n * share).round().long().clamp(min=1).minimum((n - 1).clamp(min=0))
-    val = long_tail_indices(labels, take.numpy(), seed)
-    keep = torch.ones(len(labels), dtype=torch.bool); keep[val] = False
-    return keep.nonzero().flatten(), val
+    return hold_out(labels, _share_of_each(labels, share), seed)
 
 # %% ../../nbs/14_datasets.own.ipynb #5996c81a
 def _cut(train, imbalance, kind, seed, n_max):
     "The training part as it is, or cut to a long tail."
     if imbalance in (None, "as_is"):
-        require(n_max is None, "`n_max` must be unset when `imbalance` is as_is", n_max); return train
-    require(not isinstance(imbalance, str), "`imbalance` must be a number or as_is", repr(imbalance))
-    n = torch.bincount(train.labels)
-    return train.subset(long_tail_indices(train.labels, class_counts(len(n), n.min().item() if n_max is None else n_max, imbalance, kind), seed))
+        require(n_max is None, "`n_max` must be unset when `imbalance` is as_is", n_max)
+        return train
+    number = not isinstance(imbalance, str)
+    require(number, "`imbalance` must be a number or as_is", repr(imbalance))
+    have = torch.bincount(train.labels)
+    if n_max is None: n_max = have.min().item()
+    counts = class_counts(len(have), n_max, imbalance, kind)
+    return train.subset(long_tail_indices(train.labels, counts, seed))
 
 # %% ../../nbs/14_datasets.own.ipynb #fd699ada
 def _held_out(everything, share, seed):
     "(train, test, name of the split) by a stratified draw."
-    keep, out = validation_split(everything.labels, share, seed)
-    train, test = everything.subset(keep), everything.subset(out)
-    if hasattr(test, "on_error"): test.on_error = "raise"               # there is nothing to score
+    stay, out = validation_split(everything.labels, share, seed)
+    train, test = everything.subset(stay), everything.subset(out)
+    test.on_error = "raise"  # there is nothing to score in a broken image
     return train, test, f"held out {share:g}"
+
+# %% ../../nbs/14_datasets.own.ipynb #b6560c28
+def _has_parts(root):
+    "Is the layout train/CLASS/*, with the test part beside it? Otherwise it is CLASS/*."
+    return (root/"train").is_dir()
+
+def _folder_parts(root, split, share, seed, size, on_error):
+    "(train, test, name of the split) of a folder in either layout."
+    def _files(part, on_error):
+        return ImageFiles(read_folder(root, part), root, size, on_error)
+    if not _has_parts(root): return _held_out(_files("", on_error), share, seed)
+    train, test = _files("train", on_error), _files(split, "raise")
+    require_same_classes(train, test, f"{root}:")
+    return train, test, split
 
 # %% ../../nbs/14_datasets.own.ipynb #5e7268f7
 def folder_lt(
@@ -67,12 +88,9 @@ def folder_lt(
 ) -> LongTailed:
     "Any tree of image folders (torchvision's layout), as it is or cut to a long tail."
     root = Path(data or "data")
-    files = lambda part, on_error: ImageFiles(read_folder(root, part), root, size, on_error)
-    if (root/"train").is_dir():
-        train, test = files("train", on_error), files(split, "raise")
-        require_same_classes(train, test, f"{root}:")
-    else: train, test, split = _held_out(files("", on_error), share, seed)
-    return LongTailed(name, _cut(train, imbalance, kind, seed, n_max), test, train.classes, mean, std, split)
+    train, test, split = _folder_parts(root, split, share, seed, size, on_error)
+    train = _cut(train, imbalance, kind, seed, n_max)
+    return LongTailed(name, train, test, train.classes, mean, std, split)
 
 # %% ../../nbs/14_datasets.own.ipynb #41587e05
 def imagenet(
@@ -86,32 +104,64 @@ def imagenet(
     on_error:str="raise",  # a broken file of the training part: raise | skip
 ) -> LongTailed:
     "ImageNet 2012, all of it, or cut to any long tail; every class folder must be there."
-    whole = folder_lt(data, imbalance, kind, seed, n_max, split, size=size, on_error=on_error, name="imagenet")
-    require(whole.split == split, f"{data or 'data'} must hold ImageNet as train/CLASS/* and {split}/CLASS/*", "no train/")
+    whole = folder_lt(data, imbalance, kind, seed, n_max, split,
+                      size=size, on_error=on_error, name="imagenet")
+    rule = f"{data or 'data'} must hold ImageNet as train/CLASS/* and {split}/CLASS/*"
+    require(whole.split == split, rule, "no train/")
     return whole
 
 # %% ../../nbs/14_datasets.own.ipynb #ca1f13ba
-def _labels_of(dataset, targets):
-    "int64 [n] labels of a map-style data set, without touching its pictures."
-    columns = getattr(dataset, "column_names", None) or []
-    if targets is None: targets = "label" if "label" in columns else next((getattr(dataset, a) for a in ("targets", "labels") if hasattr(dataset, a)), None)
-    require(targets is not None, "`targets` must be given: the data set has no .targets, no .labels and no column `label`", type(dataset).__name__)
-    if isinstance(targets, str):
-        require(targets in columns, f"`targets` must be one of the columns {', '.join(columns) or '(there are none)'}", repr(targets)); targets = dataset[targets]
-    labels = np.asarray(targets if isinstance(targets, (np.ndarray, torch.Tensor)) else list(targets))
-    require(labels.shape == (len(dataset),) and labels.dtype.kind in "iu", f"`targets` must be {len(dataset):,} whole numbers, one an item", f"{labels.dtype} {list(labels.shape)}")
+def _columns_of(dataset): return getattr(dataset, "column_names", None) or []
+
+def _find_targets(dataset):
+    "Where a data set keeps its labels: a column's name or the labels; None when nothing is found."
+    if "label" in _columns_of(dataset): return "label"
+    for attribute in ("targets", "labels"):
+        if hasattr(dataset, attribute): return getattr(dataset, attribute)
+
+def _read_column(dataset, name):
+    columns = _columns_of(dataset)
+    rule = f"`targets` must be one of the columns {', '.join(columns) or '(there are none)'}"
+    require(name in columns, rule, repr(name))
+    return dataset[name]
+
+def _checked_labels(targets, n):
+    "int64 [n] from any sequence of whole numbers that leaves out no class."
+    as_array = isinstance(targets, (np.ndarray, torch.Tensor))
+    labels = np.asarray(targets if as_array else list(targets))
+    whole = labels.shape == (n,) and labels.dtype.kind in "iu"
+    got = f"{labels.dtype} {list(labels.shape)}"
+    require(whole, f"`targets` must be {n:,} whole numbers, one per item", got)
     used = np.unique(labels)
-    require(np.array_equal(used, np.arange(len(used))), "`targets` must run from 0 without a gap", f"{used[:3].tolist()} … {used[-1]} for {len(used)} classes")
+    got = f"{used[:3].tolist()} … {used[-1]} for {len(used)} classes"
+    no_gap = np.array_equal(used, np.arange(len(used)))
+    require(no_gap, "`targets` must run from 0 without a gap", got)
     return torch.from_numpy(labels.astype(np.int64))
 
+# %% ../../nbs/14_datasets.own.ipynb #ca1f13bb
+def _labels_of(dataset, targets):
+    "int64 [n] labels of a map-style data set, without touching its pictures."
+    if targets is None: targets = _find_targets(dataset)
+    rule = "`targets` must be given: the data set has no .targets, no .labels and no column `label`"
+    require(targets is not None, rule, type(dataset).__name__)
+    if isinstance(targets, str): targets = _read_column(dataset, targets)
+    return _checked_labels(targets, len(dataset))
+
 # %% ../../nbs/14_datasets.own.ipynb #07b5aac3
-def _picture(item, where):
-    "uint8 [3, H, W] of an item: a row with a column `image`, or a tuple whose first part is the picture."
-    x = item["image"] if isinstance(item, dict) else item[0]
-    if hasattr(x, "convert"): return pil_to_tensor(x.convert("RGB"))
-    require(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.ndim == 3 and x.shape[0] in (1, 3), f"{where} must be a PIL image or a uint8 tensor [1 or 3, H, W] (no transform to floats)",
-            f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__)
-    return x.expand(3, -1, -1)
+def _find_picture(item):
+    "Column `image` of a row, or the first part of a tuple."
+    return item["image"] if isinstance(item, dict) else item[0]
+
+def _pixels(picture, where):
+    "uint8 [3, H, W] of a PIL image or a tensor."
+    if hasattr(picture, "convert"): return pil_to_tensor(picture.convert("RGB"))
+    is_tensor = isinstance(picture, torch.Tensor)
+    got = f"{picture.dtype} {list(picture.shape)}" if is_tensor else type(picture).__name__
+    in_bytes = is_tensor and picture.dtype == torch.uint8
+    in_shape = is_tensor and picture.ndim == 3 and picture.shape[0] in (1, 3)
+    rule = f"{where} must be a PIL image or a uint8 tensor [1 or 3, H, W] (no transform to floats)"
+    require(in_bytes and in_shape, rule, got)
+    return picture.expand(3, -1, -1)
 
 # %% ../../nbs/14_datasets.own.ipynb #f8203355
 class _Mapped(Pictures):
@@ -126,27 +176,57 @@ class _Mapped(Pictures):
     ):
         super().__init__(labels, classes, size, on_error)
         self.dataset, self.ids = dataset, torch.as_tensor(ids)
-    def _load(self, i): return middle_square(_picture(self.dataset[int(self.ids[i])], f"item {int(self.ids[i])}"), self.size)
+
+    def _load(self, i):
+        at = int(self.ids[i])
+        picture = _find_picture(self.dataset[at])
+        return middle_square(_pixels(picture, f"item {at}"), self.size)
+
     @property
-    def shape(self): return super().shape if self.size or self.views else list(self[0][0].shape)
+    def shape(self):
+        known = self.size or self.views
+        return super().shape if known else list(self[0][0].shape)
+
     @property
     def skipped(self): return self.ids[self.broken].tolist()
+
     def subset(self,
-        ids,  # positions
-    ): return _Mapped(self.dataset, self.ids[ids], self.labels[ids], self.classes, self.size, self.on_error)
+        ids,  # positions of the items to keep
+    ):        # another `_Mapped`
+        return _Mapped(self.dataset, self.ids[ids], self.labels[ids], self.classes,
+                       self.size, self.on_error)
+
     def digest_into(self,
         sha,  # a hashlib object; takes positions and labels
-    ): sha.update(self.ids.numpy().astype("<i8").tobytes()); sha.update(self.labels.numpy().astype("<i8").tobytes())
+    ):
+        sha.update(int64_bytes(self.ids))
+        sha.update(int64_bytes(self.labels))
+
+# %% ../../nbs/14_datasets.own.ipynb #eae04ac9
+def _class_names(dataset, column, labels):
+    "Names of the classes: of the object, of its label column, else their numbers."
+    names = getattr(dataset, "classes", None)
+    if names: return list(names)
+    features = getattr(dataset, "features", None) or {}
+    names = getattr(features.get(column), "names", None)
+    return list(names or map(str, range(int(labels.max()) + 1)))
+
+def _whole(dataset, targets, size, on_error):
+    "All items of a map-style data set."
+    labels = _labels_of(dataset, targets)
+    column = targets if isinstance(targets, str) else "label"
+    classes = _class_names(dataset, column, labels)
+    return _Mapped(dataset, torch.arange(len(dataset)), labels, classes, size, on_error)
 
 # %% ../../nbs/14_datasets.own.ipynb #7d1af141
 def dataset_lt(
     dataset,                # map-style; items (picture, …) or rows with a column `image`
-    targets=None,           # labels, or the name of a column; default: .targets, .labels or the column `label`
+    targets=None,           # labels, or a column's name; default: column `label`, .targets or .labels
     imbalance="as_is",      # IF to cut the training part to, or as_is
     kind:str="exp",         # exp | step | balanced
     seed:int=0,             # of the cut and of the hold-out
     n_max:float=None,       # images of the largest class; default: those of the smallest class there is
-    test=None,              # the same kind of data set to test on; default: a stratified part of `dataset`
+    test=None,              # a data set of the same kind to test on; default: a part of `dataset`
     share:float=0.2,        # of each class, held out when there is no `test`
     size:int=None,          # side of the images in pixels; None: as they are
     on_error:str="raise",   # an item of the training part that is no picture: raise | skip
@@ -154,14 +234,13 @@ def dataset_lt(
     std=IMAGENET_STD,       # of each channel
     name:str="dataset_lt",  # of the data, for the record
 ) -> LongTailed:
-    "Any map-style data set (torchvision's, Hugging Face's, one's own), as it is or cut to a long tail."
-    def _wrapped(d, targets, on_error=on_error):
-        labels = _labels_of(d, targets)
-        column = targets if isinstance(targets, str) else "label"
-        names = getattr(d, "classes", None) or getattr((getattr(d, "features", None) or {}).get(column), "names", None) or [str(c) for c in range(int(labels.max()) + 1)]
-        return _Mapped(d, torch.arange(len(d)), labels, list(names), size, on_error)
-    train, split = _wrapped(dataset, targets), "test"
-    if test is None: train, test, split = _held_out(train, share, seed)
-    else: test = _wrapped(test, targets if isinstance(targets, str) else None, "raise")
+    "Any map-style data set (torchvision's, Hugging Face's, yours), as it is or cut to a long tail."
+    train = _whole(dataset, targets, size, on_error)
+    if test is None:
+        train, test, split = _held_out(train, share, seed)
+    else:
+        column = targets if isinstance(targets, str) else None
+        test, split = _whole(test, column, size, "raise"), "test"
     require_same_classes(train, test, f"{name}:")
-    return LongTailed(name, _cut(train, imbalance, kind, seed, n_max), test, train.classes, mean, std, split)
+    train = _cut(train, imbalance, kind, seed, n_max)
+    return LongTailed(name, train, test, train.classes, mean, std, split)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .tiled import Weights, tiled_loss
+from ..kernels import Weights, tiled_loss
 from ..pairs import check_negatives, check_pairs, column_and_row
 from ..pairs import contrast, masked_logsumexp, negative_weights
 

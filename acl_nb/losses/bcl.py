@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..checks import require
-from .tiled import Weights, tiled_loss
+from ..kernels import Weights, tiled_loss
 from ..pairs import check_pairs, column_and_row, contrast, key_counts, masked_logsumexp
 
 # %% ../../nbs/34_losses.bcl.ipynb #16eec909

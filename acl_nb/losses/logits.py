@@ -14,17 +14,25 @@ from torch import nn
 from ..checks import require
 from ..counts import log_prior
 
-# %% ../../nbs/36_losses.logits.ipynb #59721d5a
+# %% ../../nbs/36_losses.logits.ipynb #9d3ad880
+def _check_labels(labels, n_images, n_classes):
+    require(labels.shape == (n_images,), f"`labels` must be [B] = [{n_images}]", list(labels.shape))
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    require(whole, "`labels` must be whole numbers", labels.dtype)
+    low, high = int(labels.min()), int(labels.max())
+    rule = f"`labels` must lie in 0..{n_classes - 1}"
+    require(0 <= low and high < n_classes, rule, low if low < 0 else high)
+
 def _flat(logits, labels):
     "[N, C] logits (float32 at least) and [N] labels of [B, C] or [B, V, C] logits and [B] labels."
-    require(logits.ndim in (2, 3) and len(logits) >= 1, "`logits` must be [B, C] or [B, V, C], B >= 1", list(logits.shape))
-    require(labels.shape == logits.shape[:1], f"`labels` must be [B] = [{len(logits)}]", list(labels.shape))
-    require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
-    low, high, C = int(labels.min()), int(labels.max()), logits.shape[-1]
-    require(0 <= low and high < C, f"`labels` must lie in 0..{C - 1}", low if low < 0 else high)
-    if logits.ndim == 3: labels = labels.repeat_interleave(logits.shape[1])
+    has_shape = logits.ndim in (2, 3) and len(logits) >= 1
+    require(has_shape, "`logits` must be [B, C] or [B, V, C], B >= 1", list(logits.shape))
+    _check_labels(labels, len(logits), logits.shape[-1])
+    if logits.ndim == 3:
+        labels = labels.repeat_interleave(logits.shape[1])
     logits = logits.flatten(0, -2)
-    return (logits if logits.dtype == torch.float64 else logits.float()), labels.long()
+    widened = logits if logits.dtype == torch.float64 else logits.float()
+    return widened, labels.long()
 
 # %% ../../nbs/36_losses.logits.ipynb #e1a759d1
 def ce_loss(
@@ -34,11 +42,13 @@ def ce_loss(
     "Softmax cross-entropy."
     return F.cross_entropy(*_flat(logits, labels))
 
-# %% ../../nbs/36_losses.logits.ipynb #aff60054
+# %% ../../nbs/36_losses.logits.ipynb #adf5b32f
 def _check_classes(name, values, flat):
-    require(len(values) == flat.shape[1], f"`{name}` must hold one number a class, {flat.shape[1]}", len(values))
+    n_classes = flat.shape[1]
+    rule = f"`{name}` must hold one number per class, {n_classes}"
+    require(len(values) == n_classes, rule, len(values))
 
-# %% ../../nbs/36_losses.logits.ipynb #6c3112bf
+# %% ../../nbs/36_losses.logits.ipynb #d923a716
 def logit_adjusted_loss(
     logits:torch.Tensor,  # [B, C] or [B, V, C], plain: the prior is added here
     labels:torch.Tensor,  # [B] in 0..C-1
@@ -48,7 +58,8 @@ def logit_adjusted_loss(
     "Cross-entropy with the log-prior added to the logits (Menon et al. 2021; Ren et al. 2020)."
     flat, labels = _flat(logits, labels)
     _check_classes("class_counts", class_counts, flat)
-    return F.cross_entropy(flat + tau * log_prior(class_counts, torch.float64).to(flat), labels)
+    prior = log_prior(class_counts, torch.float64).to(flat)
+    return F.cross_entropy(flat + tau * prior, labels)
 
 # %% ../../nbs/36_losses.logits.ipynb #9f60cc13
 def ldam_margins(
@@ -60,13 +71,15 @@ def ldam_margins(
     log_n = log_prior(class_counts, torch.float64)
     return max_margin * ((log_n.min() - log_n) / 4).exp()
 
-# %% ../../nbs/36_losses.logits.ipynb #38d6a3d0
+# %% ../../nbs/36_losses.logits.ipynb #5784bfcb
 def _weighted(flat, labels, weights):
     "Cross-entropy with a weight for each class; the mean is divided by the weights of the rows."
-    if weights is None: return F.cross_entropy(flat, labels)
+    if weights is None:
+        return F.cross_entropy(flat, labels)
     weights = torch.as_tensor(weights).to(flat)
     _check_classes("weights", weights, flat)
-    require(bool((weights > 0).all() and weights.isfinite().all()), "`weights` must be positive and finite", weights.tolist())
+    usable = bool((weights > 0).all() and weights.isfinite().all())
+    require(usable, "`weights` must be positive and finite", weights.tolist())
     return F.cross_entropy(flat, labels, weights)
 
 # %% ../../nbs/36_losses.logits.ipynb #6df8f469

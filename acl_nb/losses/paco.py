@@ -16,50 +16,68 @@ from ..checks import require
 from ..counts import log_prior
 from ..pairs import _check_unit, flatten_views
 
-# %% ../../nbs/35_losses.paco.ipynb #91a910f2
+# %% ../../nbs/35_losses.paco.ipynb #08e2856b
 def _soft_cross_entropy(s, weight, log_factor):
-    "[A] of [A, M]: -log of the softmax shares of s + log_factor (without it in the numerator), averaged with the target's weights."
+    "[A] -log of the softmax shares, averaged with the target's weights; `log_factor` in the sum only."
     return torch.logsumexp(s + log_factor, 1) - (weight * s).sum(1) / weight.sum(1)
 
-# %% ../../nbs/35_losses.paco.ipynb #55a5416d
+# %% ../../nbs/35_losses.paco.ipynb #73432c25
 def _check_settings(class_counts, alpha, beta, gamma, temperature, smooth):
-    log_prior(class_counts)
-    for name, value in dict(beta=beta, gamma=gamma, temperature=temperature).items(): require(value > 0, f"`{name}` must be positive", value)
+    log_prior(class_counts)    # refuses a class without an image
+    for name, value in dict(beta=beta, gamma=gamma, temperature=temperature).items():
+        require(value > 0, f"`{name}` must be positive", value)
     require(alpha >= 0, "`alpha` must be at least 0", alpha)
-    require(0 <= smooth < 1 and (smooth == 0 or len(class_counts) > 1), "`smooth` must lie in [0, 1), and be 0 with one class", smooth)
+    others = smooth == 0 or len(class_counts) > 1
+    rule = "`smooth` must lie in [0, 1), and be 0 with one class"
+    require(0 <= smooth < 1 and others, rule, smooth)
 
-# %% ../../nbs/35_losses.paco.ipynb #8f031570
 def _check_labels(name, labels, n, C):
     require(labels.shape == (n,), f"`{name}` must be [{n}]", list(labels.shape))
-    require(not labels.is_floating_point() and labels.dtype != torch.bool, f"`{name}` must be whole numbers", labels.dtype)
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    require(whole, f"`{name}` must be whole numbers", labels.dtype)
     low, high = int(labels.min()), int(labels.max())
-    require(0 <= low and high < C, f"`{name}` must lie in 0..{C - 1}", low if low < 0 else high)
+    rule = f"`{name}` must lie in 0..{C - 1}"
+    require(0 <= low and high < C, rule, low if low < 0 else high)
 
-def _check_batch(q, keys, labels, key_labels, logits, C):
+# %% ../../nbs/35_losses.paco.ipynb #a81d508d
+def _check_shapes(q, keys, logits, C):
     require(q.ndim == 2 and len(q) >= 1, "`q` must be [A, D] with A >= 1", list(q.shape))
     A, D = q.shape
-    require(keys.ndim == 2 and keys.shape[1] == D and len(keys) >= A, f"`keys` must be [K, {D}] with K >= {A}", list(keys.shape))
-    require(logits.shape == (A, C), f"`logits` must be [{A}, {C}], a row for each query", list(logits.shape))
-    _check_labels("labels", labels, A, C); _check_labels("key_labels", key_labels, len(keys), C)
+    fits = keys.ndim == 2 and keys.shape[1] == D and len(keys) >= A
+    require(fits, f"`keys` must be [K, {D}] with K >= {A}", list(keys.shape))
+    rule = f"`logits` must be [{A}, {C}], a row for each query"
+    require(logits.shape == (A, C), rule, list(logits.shape))
+
+def _check_batch(q, keys, labels, key_labels, logits, C):
+    _check_shapes(q, keys, logits, C)
+    A = len(q)
+    _check_labels("labels", labels, A, C)
+    _check_labels("key_labels", key_labels, len(keys), C)
     _check_unit("keys", keys)
-    same = bool((keys[:A] == q).all() and (key_labels[:A] == labels).all())
-    require(same, f"the first {A} rows of `keys` and `key_labels` must be `q` and `labels` themselves")
+    same_keys = bool((keys[:A] == q).all())
+    same_labels = bool((key_labels[:A] == labels).all())
+    rule = f"the first {A} rows of `keys` and `key_labels` must be `q` and `labels` themselves"
+    require(same_keys and same_labels, rule)
 
-# %% ../../nbs/35_losses.paco.ipynb #43b0eb15
+# %% ../../nbs/35_losses.paco.ipynb #b9b8a519
 def _join(q, keys, logits, class_counts, temperature):
-    "[A, C + K] adjusted logits beside the similarities, float32 at least; [A, K] bool, where a key is the anchor itself."
+    "[A, C + K] adjusted logits, then similarities; [A, K] where a key is the anchor itself."
     q, logits = (t if t.dtype == torch.float64 else t.float() for t in (q, logits))
-    with torch.autocast(q.device.type, enabled=False): sim = q @ keys.to(q).T / temperature
-    return torch.cat([logits + log_prior(class_counts, torch.float64).to(logits), sim], 1), torch.eye(*sim.shape, dtype=torch.bool, device=q.device)
+    adjusted = logits + log_prior(class_counts, torch.float64).to(logits)
+    with torch.autocast(q.device.type, enabled=False):
+        sim = q @ keys.to(q).T / temperature
+    itself = torch.eye(*sim.shape, dtype=torch.bool, device=q.device)
+    return torch.cat([adjusted, sim], 1), itself
 
-def _targets(labels, key_labels, own, C, alpha, beta, smooth):
+def _targets(labels, key_labels, itself, C, alpha, beta, smooth):
     "[A, C + K] weight of each class and each key in the target, float64."
-    center = F.one_hot(labels.long(), C).double()
-    center = (1 - smooth) * center + (smooth / max(C - 1, 1)) * (1 - center)
-    positive = (labels[:, None] == key_labels) & ~own
+    own_class = F.one_hot(labels.long(), C).double()
+    of_each_other = smooth / max(C - 1, 1)
+    center = (1 - smooth) * own_class + of_each_other * (1 - own_class)
+    positive = (labels[:, None] == key_labels) & ~itself
     return torch.cat([beta * center, alpha * positive.double()], 1)
 
-# %% ../../nbs/35_losses.paco.ipynb #c286ac59
+# %% ../../nbs/35_losses.paco.ipynb #dd5b0a10
 def paco_loss(
     q:torch.Tensor,           # [A, D] anchors, unit length
     keys:torch.Tensor,        # [K, D] unit length; the first A rows are `q` itself (excluded as its own key)
@@ -74,14 +92,16 @@ def paco_loss(
     smooth:float=0.0,         # part of the centre's target spread over the other classes
 ) -> torch.Tensor:            # scalar, mean over all anchors
     "Parametric contrastive loss (Cui et al. 2021)."
+    C = len(class_counts)
     _check_settings(class_counts, alpha, beta, gamma, temperature, smooth)
-    _check_batch(q, keys, labels, key_labels, logits, len(class_counts))
-    joined, own = _join(q, keys, logits, class_counts, temperature)
-    weight = _targets(labels, key_labels, own, len(class_counts), alpha, beta, smooth).to(joined)
-    log_factor = joined.new_full(own.shape, log(gamma)).masked_fill(own, -torch.inf)
-    return _soft_cross_entropy(joined, weight, F.pad(log_factor, (len(class_counts), 0))).mean()
+    _check_batch(q, keys, labels, key_labels, logits, C)
+    joined, itself = _join(q, keys, logits, class_counts, temperature)
+    weight = _targets(labels, key_labels, itself, C, alpha, beta, smooth).to(joined)
+    of_keys = joined.new_full(itself.shape, log(gamma)).masked_fill(itself, -torch.inf)
+    log_factor = F.pad(of_keys, (C, 0))                    # 0 for the logits
+    return _soft_cross_entropy(joined, weight, log_factor).mean()
 
-# %% ../../nbs/35_losses.paco.ipynb #30b1f8e3
+# %% ../../nbs/35_losses.paco.ipynb #212507b5
 def gpaco_loss(
     z:torch.Tensor,                   # [B, V, D] unit length; every view is an anchor
     labels:torch.Tensor,              # [B] in 0..C-1
@@ -96,14 +116,22 @@ def gpaco_loss(
     queue_labels:torch.Tensor=None,   # [Q] in 0..C-1
 ) -> torch.Tensor:                    # scalar, mean over all views
     "`paco_loss` with every view as an anchor (GPaCo, Cui et al. 2022)."
-    require(z.ndim == 3 and logits.shape[:-1] == z.shape[:2], "`z` and `logits` must be [B, V, D] and [B, V, C]", f"{list(z.shape)} and {list(logits.shape)}")
+    same_views = z.ndim == 3 and logits.shape[:-1] == z.shape[:2]
+    got = f"{list(z.shape)} and {list(logits.shape)}"
+    require(same_views, "`z` and `logits` must be [B, V, D] and [B, V, C]", got)
     require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
-    require((queue is None) == (queue_labels is None), "`queue` and `queue_labels` must be given together")
-    q, y = flatten_views(z, labels)
-    keys, key_y = (q, y) if queue is None else (torch.cat([q, queue.to(q)]), torch.cat([y, queue_labels.to(y)]))
-    return paco_loss(q, keys, y, key_y, logits.flatten(0, 1), class_counts, alpha, beta, gamma, temperature, smooth)
+    both_or_none = (queue is None) == (queue_labels is None)
+    require(both_or_none, "`queue` and `queue_labels` must be given together")
 
-# %% ../../nbs/35_losses.paco.ipynb #9e86a55c
+    q, y = flatten_views(z, labels)
+    keys, key_labels = q, y
+    if queue is not None:
+        keys = torch.cat([q, queue.to(q)])
+        key_labels = torch.cat([y, queue_labels.to(y)])
+    settings = alpha, beta, gamma, temperature, smooth
+    return paco_loss(q, keys, y, key_labels, logits.flatten(0, 1), class_counts, *settings)
+
+# %% ../../nbs/35_losses.paco.ipynb #c6a3713c
 class PaCoLoss(nn.Module):
     "`paco_loss` as a module; the counts are a buffer."
     def __init__(self,
@@ -117,13 +145,22 @@ class PaCoLoss(nn.Module):
         super().__init__()
         _check_settings(class_counts, alpha, beta, gamma, temperature, smooth)
         self.register_buffer("class_counts", torch.as_tensor(class_counts))
-        self.settings = dict(alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, smooth=smooth)
+        self.settings = dict(alpha=alpha, beta=beta, gamma=gamma,
+                             temperature=temperature, smooth=smooth)
 
     def forward(self, q, keys, labels, key_labels, logits): # [A, D], [K, D], [A], [K], [A, C] -> scalar
-        return paco_loss(q, keys, labels, key_labels, logits, self.class_counts, **self.settings)
+        batch = q, keys, labels, key_labels, logits
+        return paco_loss(*batch, self.class_counts, **self.settings)
 
-# %% ../../nbs/35_losses.paco.ipynb #1881ea9e
+# %% ../../nbs/35_losses.paco.ipynb #7d4ee0a1
 class GPaCoLoss(PaCoLoss):
     "`gpaco_loss` as a module; the settings of `PaCoLoss`."
-    def forward(self, z, labels, logits, queue=None, queue_labels=None): # [B, V, D], [B], [B, V, C], [Q, D], [Q] -> scalar
-        return gpaco_loss(z, labels, logits, self.class_counts, **self.settings, queue=queue, queue_labels=queue_labels)
+    def forward(self,
+        z:torch.Tensor,                  # [B, V, D] unit length; every view is an anchor
+        labels:torch.Tensor,             # [B] in 0..C-1
+        logits:torch.Tensor,             # [B, V, C] plain: the prior is added here
+        queue:torch.Tensor=None,         # [Q, D] older keys, unit length
+        queue_labels:torch.Tensor=None,  # [Q] in 0..C-1
+    ):
+        past = dict(queue=queue, queue_labels=queue_labels)
+        return gpaco_loss(z, labels, logits, self.class_counts, **self.settings, **past)

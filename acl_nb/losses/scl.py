@@ -9,7 +9,7 @@ __all__ = ['scl_loss_plain', 'scl_loss', 'SCLLoss']
 import torch
 from torch import nn
 
-from .tiled import tiled_loss
+from ..kernels import tiled_loss
 from ..pairs import check_pairs, contrast, masked_logsumexp
 
 # %% ../../nbs/31_losses.scl.ipynb #faafe429

@@ -20,89 +20,124 @@ from .ops import in_blocks, on_some
 # %% ../../nbs/22_views.crops.ipynb #3dc7de2c
 def random_shift(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    draw,                 # a `Draws`
+    draw,                 # a `Draws` of the B images
     pad:int,              # largest shift in pixels, either way
 ) -> torch.Tensor:        # uint8 [B, C, H, W], black where nothing was
     "Shift every image by its own whole number of pixels (pad and crop, He et al. 2016)."
     require(pad >= 0, "`pad` must be at least 0", pad)
     B, _, H, W = images.shape
-    row, column = (draw(2) * (2*pad + 1)).long().unbind(1)                # [B] in 0..2·pad
-    windows = F.pad(images, (pad,)*4).unfold(2, H, 1).unfold(3, W, 1)     # [B, C, 2·pad+1, 2·pad+1, H, W]
+    row, column = (draw(2) * (2*pad + 1)).long().unbind(1)              # [B] in 0..2·pad
+    padded = F.pad(images, (pad, pad, pad, pad))
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)                    # [B, C, 2·pad+1, 2·pad+1, H, W]
     return windows[torch.arange(B, device=images.device), :, row, column]
 
 # %% ../../nbs/22_views.crops.ipynb #2af47015
 def random_flip(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    draw,                 # a `Draws`
+    draw,                 # a `Draws` of the B images
     p:float=0.5,          # probability of the mirror image
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Mirror each image left to right with probability `p`."
     return on_some(lambda x: x.flip(-1), images, draw(1)[:, 0] < p)
 
 # %% ../../nbs/22_views.crops.ipynb #15bcccd5
+def _inside(start, n, size):
+    "bool [B, n]: which of n positions are among the `size` from `start` [B] on?"
+    distance = torch.arange(n, device=start.device) - start[:, None]
+    return (distance >= 0) & (distance < size)
+
+# %% ../../nbs/22_views.crops.ipynb #266011f6
 def random_erase(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    draw,                 # a `Draws`
+    draw,                 # a `Draws` of the B images
     size:int,             # side of the square in pixels
     p:float=1.0,          # probability that an image loses a square
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Blacken a square of every image (DeVries and Taylor 2017, Cutout)."
     _, _, H, W = images.shape
     u = draw(3)
-    top, left = ((u[:, k] * n).long() - size // 2 for k, n in ((0, H), (1, W)))
-    inside = lambda start, n: ((d := torch.arange(n, device=images.device) - start[:, None]) >= 0) & (d < size)
-    rows = inside(top, H) & (u[:, 2:] < p)
-    return images * ~(rows[:, None, :, None] & inside(left, W)[:, None, None, :])
+    top = (u[:, 0] * H).long() - size // 2
+    left = (u[:, 1] * W).long() - size // 2
+    rows = _inside(top, H, size) & (u[:, 2:] < p)                       # [B, H]
+    columns = _inside(left, W, size)                                    # [B, W]
+    return images * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 # %% ../../nbs/22_views.crops.ipynb #fc4c93a4
+def _tries(u, height, width, scale, ratio):
+    "Heights and widths [B, 10] of ten boxes for each image; `u` [B, 20], the image's size [B, 1]."
+    low = math.log(ratio[0])
+    high = math.log(ratio[1])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
+    shape = (low + (high - low) * u[:, 10:]).exp()                      # width / height
+    return (area / shape).sqrt().round(), (area * shape).sqrt().round()
+
+def _first(tries, fits, otherwise):
+    "Of the ten `tries` [B, 10] the first that fits, or `otherwise` [B, 1]."
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    return torch.where(fits.any(1, keepdim=True), tries.gather(1, first), otherwise)
+
+def _place(u, room, found):
+    "Where a box begins, 0..room [B, 1]: drawn where a box was found, the middle elsewhere."
+    return torch.where(found, (u * (room + 1)).floor(), room // 2)
+
+# %% ../../nbs/22_views.crops.ipynb #6abe1de2
 CROP_DRAWS = 22
 
 def crop_boxes(
     draw,                     # a `Draws` of B images
     H:int,                    # height of the images in pixels
-    W:int,                    # width
+    W:int,                    # width of the images in pixels
     scale:tuple=(0.08, 1.0),  # smallest and largest share of the area
     ratio:tuple=(3/4, 4/3),   # smallest and largest width / height
 ) -> torch.Tensor:        # float64 [B, 4] whole numbers: top, left, height, width
     "A random box for each image."
-    u, low, high = draw(CROP_DRAWS).double(), math.log(ratio[0]), math.log(ratio[1])
-    H, W = (torch.full_like(u[:, :1], n) for n in (H, W))                                                # [B, 1]
-    area, shape = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10]), (low + (high - low) * u[:, 10:20]).exp()
-    h, w = (area / shape).sqrt().round(), (area * shape).sqrt().round()                                  # [B, 10]
+    u = draw(CROP_DRAWS).double()
+    height = torch.full_like(u[:, :1], H)                               # [B, 1]
+    width = torch.full_like(u[:, :1], W)
+    h, w = _tries(u[:, :20], height, width, scale, ratio)               # [B, 10]
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
-    found = fits.any(1, keepdim=True)
-    h = torch.where(found, h.gather(1, first), torch.minimum(H, (W / ratio[0]).round()))
-    w = torch.where(found, w.gather(1, first), torch.minimum(W, (H * ratio[1]).round()))
-    top, left = (torch.where(found, (u[:, k:k+1] * (room + 1)).floor(), room // 2) for k, room in ((20, H - h), (21, W - w)))
+    found = fits.any(1, keepdim=True)                                   # [B, 1]
+    h = _first(h, fits, torch.minimum(height, (width / ratio[0]).round()))
+    w = _first(w, fits, torch.minimum(width, (height * ratio[1]).round()))
+    top = _place(u[:, 20:21], height - h, found)
+    left = _place(u[:, 21:22], width - w, found)
     return torch.cat([top, left, h, w], 1)
 
 # %% ../../nbs/22_views.crops.ipynb #161fd5f2
 def _weights(start, size, n_in, n_out):
-    "[B, n_in, n_out]: share of input pixel i in output pixel o; start, size [B] of the box in input pixels."
-    step = (size / n_out)[:, None, None]
-    reach = step.clamp_min(1)                                                                    # of the triangle, in input pixels
-    pixel = (torch.arange(n_in, device=start.device) + 0.5)[:, None] - start[:, None, None]      # [B, n_in, 1] from the box's edge
-    pixel = torch.where((pixel > 0) & (pixel < size[:, None, None]), pixel, 1e6)                 # outside: so far that its weight is 0
-    center = (torch.arange(n_out, device=start.device) + 0.5) * step                             # [B, 1, n_out]
+    "[B, n_in, n_out] share of each input pixel in each output pixel, from the box's start and size [B]."
+    device = start.device
+    step = (size / n_out)[:, None, None]                                # [B, 1, 1]
+    reach = step.clamp_min(1)                                           # of the triangle, in input pixels
+    pixel = (torch.arange(n_in, device=device) + 0.5)[:, None]
+    pixel = pixel - start[:, None, None]                                # [B, n_in, 1] from the box's edge
+    in_box = (pixel > 0) & (pixel < size[:, None, None])
+    pixel = torch.where(in_box, pixel, 1e6)                             # outside: so far that its weight is 0
+    center = (torch.arange(n_out, device=device) + 0.5) * step          # [B, 1, n_out]
     minus = (pixel / reach - center / reach).abs_().clamp_max_(1).sub_(1)
-    return minus.mul_(2**16 / minus.sum(1, keepdim=True, dtype=torch.float64).float()).round_().mul_(2**-16)
+    total = minus.sum(1, keepdim=True, dtype=torch.float64).float()
+    return minus.mul_(2**16 / total).round_().mul_(2**-16)
 
 # %% ../../nbs/22_views.crops.ipynb #4adf2283
 @contextmanager
 def _exact_products(device):
     "No autocast and no TF32 within."
     before = torch.get_float32_matmul_precision()
-    if before != "highest": torch.set_float32_matmul_precision("highest")
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False): yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        if before != "highest": torch.set_float32_matmul_precision(before)
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 # %% ../../nbs/22_views.crops.ipynb #026c2dc9
 def _resample(images, columns, rows):
     "uint8 [n, C, H, W] with matrices [n, W, w] and [n, H, h] -> [n, C, h, w]"
-    (n, C, H, W), w, h = images.shape, columns.shape[2], rows.shape[2]
+    n, C, H, W = images.shape
+    w = columns.shape[2]
+    h = rows.shape[2]
     half = torch.full((), 0.5, device=images.device, dtype=torch.float32)
     with _exact_products(images.device):
         x = torch.baddbmm(half, images.reshape(n, C*H, W).float().sub_(128), columns).floor_()
@@ -114,19 +149,21 @@ def _resample(images, columns, rows):
 def crop_batch(
     images:torch.Tensor,  # uint8 [B, C, H, W]
     boxes:torch.Tensor,   # [B, 4] top, left, height, width
-    size:int,             # of the result
+    size:int,             # height and width of the result, in pixels
 ) -> torch.Tensor:        # uint8 [B, C, size, size]
     "Cut a box out of each image and scale it to a square (bilinear, antialiased)."
     def _cut(x, box):
+        H, W = x.shape[2:]
         top, left, h, w = box.float().unbind(1)
-        return _resample(x, _weights(left, w, x.shape[3], size), _weights(top, h, x.shape[2], size))
+        return _resample(x, _weights(left, w, W, size), _weights(top, h, H, size))
+
     return in_blocks(_cut, images, boxes)
 
 # %% ../../nbs/22_views.crops.ipynb #176f7952
 def crop_image(
     image:torch.Tensor,  # uint8 [C, H, W]
     box,                 # 4 whole numbers: top, left, height, width
-    size:int,            # of the result
+    size:int,            # height and width of the result, in pixels
 ) -> torch.Tensor:       # uint8 [C, size, size]
     "Cut a box out of one image and scale it to a square (bilinear, antialiased)."
     top, left, h, w = (int(v) for v in box)
@@ -135,35 +172,47 @@ def crop_image(
 # %% ../../nbs/22_views.crops.ipynb #bd4d2851
 def middle(
     image:torch.Tensor,  # uint8 […, C, H, W]
-    size:int,            # of the result
+    size:int,            # height and width of the result, in pixels
     share:float=1.0,     # of the shorter side that is kept; 224 of 256 is 0.875
 ) -> torch.Tensor:       # uint8 […, C, size, size]
-    "Scale the shorter side to `size` / `share` and cut out the middle."
-    if image.shape[-2:] == (size, size): return image
+    """Scale the shorter side to `size` / `share` and cut out the middle.
+
+    With a share of 1 this is `middle_square` of `acl_nb.datasets.files`.
+    """
+    if image.shape[-2:] == (size, size):
+        return image
     return center_crop(resize(image, [round(size / share)], antialias=True), [size, size])
 
 # %% ../../nbs/22_views.crops.ipynb #986cddee
 def _gaussian(sigma, n, radius):
     "[B, n, n] weights of a blur along one axis; sigma [B] in pixels."
+    B = len(sigma)
     radius = min(radius, n - 1)
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()                                                  # [B, 2·radius+1]
+    kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()              # [B, 2·radius+1]
     kernel = (kernel * 2**16 / kernel.sum(1, keepdim=True)).round_().mul_(2**-16)
-    source = torch.arange(n, device=sigma.device) + offset[:, None]                                        # [2·radius+1, n] pixel that is looked at
-    source = (n - 1 - (n - 1 - source.abs()).abs())                                                        # mirrored into 0..n-1
-    w = sigma.new_zeros(len(sigma), n, n)
-    return w.scatter_add_(1, source.expand(len(sigma), -1, -1), kernel[:, :, None].expand(-1, -1, n)).float()
+    looked_at = torch.arange(n, device=sigma.device) + offset[:, None]  # [2·radius+1, n]
+    mirrored = n - 1 - (n - 1 - looked_at.abs()).abs()                  # in 0..n-1
+    weights = sigma.new_zeros(B, n, n)
+    weights.scatter_add_(1, mirrored.expand(B, -1, -1), kernel[:, :, None].expand(-1, -1, n))
+    return weights.float()
 
 # %% ../../nbs/22_views.crops.ipynb #4294cb3c
 def random_blur(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    draw,                 # a `Draws`
+    draw,                 # a `Draws` of the B images
     p:float=0.5,          # probability of a blur
     sigma:tuple=(0.1, 2.0),  # smallest and largest width in pixels
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Blur each image with probability `p`, by a Gaussian of random width (Chen et al. 2020, SimCLR)."
-    require(0 < sigma[0] <= sigma[1], "`sigma` must be two widths in pixels, the first above 0", sigma)
-    u, radius = draw(2).double(), math.ceil(4 * sigma[1])
-    widths = sigma[0] + (sigma[1] - sigma[0]) * u[:, 1]
-    blur = lambda x, s: _resample(x, _gaussian(s, x.shape[3], radius), _gaussian(s, x.shape[2], radius))
-    return on_some(blur, images, u[:, 0] < p, widths)
+    narrowest, widest = sigma
+    require(0 < narrowest <= widest, "`sigma` must be two widths in pixels, the first above 0", sigma)
+    radius = math.ceil(4 * widest)
+
+    def _blurred(x, widths):
+        H, W = x.shape[2:]
+        return _resample(x, _gaussian(widths, W, radius), _gaussian(widths, H, radius))
+
+    u = draw(2).double()
+    widths = narrowest + (widest - narrowest) * u[:, 1]
+    return on_some(_blurred, images, u[:, 0] < p, widths)

@@ -10,9 +10,11 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/20_views.draws.ipynb #59f254cf
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64   # 2^64 / golden ratio, as a signed integer: the increment of splitmix64
+# the increment of splitmix64: 2^64 / golden ratio, as a signed integer
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
-def _shift_right(x, k): return (x >> k) & ((1 << (64 - k)) - 1)
+def _shift_right(x, k):
+    return (x >> k) & ((1 << (64 - k)) - 1)
 
 def _mix(x):
     x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -25,13 +27,15 @@ class Draws:
     def __init__(self,
         ids:torch.Tensor,  # [B] position of every image in its data set
         seed:int=0,        # of the run
-        epoch:int=0,       # of training
+        epoch:int=0,       # of training, from 0
         view=0,            # 0..V-1, or [B] one for each image
-        start:int=0,       # numbers to skip
+        start:int=0,       # how many numbers to skip
     ):
         key = torch.zeros_like(ids, dtype=torch.int64)
-        for part in (seed, epoch, ids, view): key = _mix(key + part + 1) + _GOLDEN
-        self.key, self.taken = key, start
+        for part in (seed, epoch, ids, view):
+            key = _mix(key + part + 1) + _GOLDEN
+        self.key = key
+        self.taken = start
 
 # %% ../../nbs/20_views.draws.ipynb #0be83c59
 @patch

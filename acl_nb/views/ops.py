@@ -14,9 +14,13 @@ import torch.nn.functional as F
 from ..checks import choose, require
 
 # %% ../../nbs/21_views.ops.ipynb #9e2ede41
-def _each(values): return values.view(-1, 1, 1, 1)
+def _each(values):
+    "[n] as [n, 1, 1, 1], to be multiplied with images."
+    return values.view(-1, 1, 1, 1)
 
-def _bytes(x): return x.clamp_(0, 255).to(torch.int32).to(torch.uint8)     # by way of int32: the direct conversion is several times slower
+def _bytes(x):
+    "Cut off at 0 and 255, and the fraction dropped."
+    return x.clamp_(0, 255).to(torch.int32).to(torch.uint8)
 
 def _blend(images, poorer, magnitude):
     return _bytes(images.float().sub_(poorer).mul_(_each(1 + magnitude)).add_(poorer))
@@ -34,7 +38,8 @@ def grey(
     images:torch.Tensor,  # uint8 [n, C, H, W], C = 1 or 3
 ) -> torch.Tensor:        # uint8 [n, 1, H, W]
     "Luminance (ITU-R 601) with PIL's fixed-point weights."
-    if images.shape[1] == 1: return images
+    if images.shape[1] == 1:
+        return images
     r, g, b = images.int().split(1, 1)
     return ((r*19595 + g*38470 + b*7471 + 32768) >> 16).to(torch.uint8)
 
@@ -51,9 +56,9 @@ def contrast(
     images:torch.Tensor,     # uint8 [n, C, H, W]
     magnitude:torch.Tensor,  # [n], -1 flat … 0 unchanged … 1 twice the contrast
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
-    "Away from the image's mean grey, or towards it."
+    "Away from the image's mean grey, or towards it; not `acl_nb.pairs.contrast`, which contrasts embeddings."
     pixels = images.shape[2] * images.shape[3]
-    mean = (2 * grey(images).flatten(1).sum(1) + pixels) // (2 * pixels)        # rounded, in whole numbers: exact in any order of summation
+    mean = (2 * grey(images).flatten(1).sum(1) + pixels) // (2 * pixels)
     return _blend(images, _each(mean.float()), magnitude)
 
 # %% ../../nbs/21_views.ops.ipynb #458c6053
@@ -98,11 +103,12 @@ def solarize(
 
 # %% ../../nbs/21_views.ops.ipynb #4752b8a8
 def _look_up(images, tables):
-    "tables uint8 [n·C, 256]"
+    "Each value's entry in the table of its image and channel; `tables` uint8 [n·C, 256]."
     n, C, H, W = images.shape
     return tables.gather(1, images.reshape(n*C, H*W).long()).view(n, C, H, W)
 
-def _levels(images): return torch.arange(256, device=images.device)
+def _levels(images):
+    return torch.arange(256, device=images.device)
 
 # %% ../../nbs/21_views.ops.ipynb #4b9ee55c
 def autocontrast(
@@ -110,11 +116,13 @@ def autocontrast(
     magnitude:torch.Tensor=None,  # not used
 ) -> torch.Tensor:                # uint8 [n, C, H, W]
     "Stretch every channel to 0..255; a channel of one value stays."
-    flat = images.flatten(2).flatten(0, 1)
-    low, high = (v.double()[:, None] for v in (flat.amin(1), flat.amax(1)))                     # [n·C, 1]
+    flat = images.flatten(2).flatten(0, 1)                              # [n·C, H·W]
+    low = flat.amin(1).double()[:, None]                                # [n·C, 1]
+    high = flat.amax(1).double()[:, None]
     scale = torch.full_like(low, 255) / (high - low).clamp_min(1)
     stretched = (_levels(images) * scale - low * scale).clamp_(0, 255)
-    return _look_up(images, torch.where(high > low, stretched, _levels(images)).to(torch.uint8))
+    table = torch.where(high > low, stretched, _levels(images))
+    return _look_up(images, table.to(torch.uint8))
 
 # %% ../../nbs/21_views.ops.ipynb #d9927a67
 def equalize(
@@ -122,22 +130,30 @@ def equalize(
     magnitude:torch.Tensor=None,  # not used
 ) -> torch.Tensor:                # uint8 [n, C, H, W]
     "Make the grey levels of every channel about equally frequent."
-    rows = images.flatten(2).flatten(0, 1)                                                       # [n·C, H·W]
+    rows = images.flatten(2).flatten(0, 1)                              # [n·C, H·W]
     offset = 256 * torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None]
     count = torch.bincount((rows.int() + offset).view(-1), minlength=256 * len(rows)).view(-1, 256)
-    highest = 255 - (count > 0).flip(1).to(torch.uint8).argmax(1, keepdim=True)                  # largest value that occurs
+    # PIL's step: the pixels below the largest value that occurs, over 255
+    highest = 255 - (count > 0).flip(1).to(torch.uint8).argmax(1, keepdim=True)
     step = (rows.shape[1] - count.gather(1, highest)) // 255
-    table = ((step // 2 + count.cumsum(1) - count) / step.clamp_min(1).double()).floor_().clamp_(0, 255)
+    below = count.cumsum(1) - count
+    table = ((step // 2 + below) / step.clamp_min(1).double()).floor_().clamp_(0, 255)
     return _look_up(images, torch.where(step > 0, table, _levels(images)).to(torch.uint8))
 
 # %% ../../nbs/21_views.ops.ipynb #2d793bac
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 def _matrices(kind, magnitude, H, W):
-    "[6, n] rows a b c d e f; kind [n] a position in GEOMETRIC. In float64: cosines then agree to the last bit of float32 everywhere."
-    shear_x, shear_y, right, down, turn = (torch.arange(5, device=kind.device)[:, None] == kind) * magnitude.double()
-    cos, sin = turn.mul_(-torch.pi / 180).cos(), turn.sin()
-    return torch.stack([cos, sin + shear_x, W/2 - cos*W/2 - sin*H/2 - right.trunc(), shear_y - sin, cos, H/2 + sin*W/2 - cos*H/2 - down.trunc()]).float()
+    "[6, n] rows a b c d e f; `kind` [n] is a position in GEOMETRIC."
+    # in float64: cosines then agree to the last bit of float32 everywhere
+    is_kind = torch.arange(5, device=kind.device)[:, None] == kind      # [5, n]
+    shear_x, shear_y, right, down, turn = is_kind * magnitude.double()
+    angle = turn.mul_(-torch.pi / 180)
+    cos = angle.cos()
+    sin = angle.sin()
+    c = W/2 - cos*W/2 - sin*H/2 - right.trunc()
+    f = H/2 + sin*W/2 - cos*H/2 - down.trunc()
+    return torch.stack([cos, sin + shear_x, c, shear_y - sin, cos, f]).float()
 
 # %% ../../nbs/21_views.ops.ipynb #a9157655
 def _warp(images, matrices, fill=128):
@@ -145,10 +161,11 @@ def _warp(images, matrices, fill=128):
     x = torch.arange(W, device=images.device) + 0.5
     y = (torch.arange(H, device=images.device) + 0.5)[:, None]
     a, b, c, d, e, f = matrices[..., None, None]
-    column = (a*x + (b*y + c)).floor_().clamp_(-1, W)                      # one step outside is the frame of grey
+    column = (a*x + (b*y + c)).floor_().clamp_(-1, W)                   # -1 and W are the frame
     row = (d*x + (e*y + f)).floor_().clamp_(-1, H)
     at = row.add_(1).mul_(W + 2).add_(column).add_(1).long().view(n, 1, H*W)
-    return F.pad(images, (1, 1, 1, 1), value=fill).view(n, C, -1).gather(2, at.expand(n, C, H*W)).view(n, C, H, W)
+    framed = F.pad(images, (1, 1, 1, 1), value=fill).view(n, C, -1)
+    return framed.gather(2, at.expand(n, C, H*W)).view(n, C, H, W)
 
 # %% ../../nbs/21_views.ops.ipynb #c53ea2eb
 def geometric(
@@ -163,9 +180,13 @@ def geometric(
 def _hue_and_range(f):
     "Hue in sixths of the circle, chroma, smallest and largest channel, each [n, H, W], of float [n, 3, H, W]."
     r, g, b = f.unbind(1)
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    high = torch.maximum(torch.maximum(r, g), b)
+    low = torch.minimum(torch.minimum(r, g), b)
     c = high - low
-    turn = torch.where(high == r, g - b, torch.where(high == g, (b - r).add_(c, alpha=2), (r - g).add_(c, alpha=4)))
+    from_red = g - b
+    from_green = (b - r).add_(c, alpha=2)
+    from_blue = (r - g).add_(c, alpha=4)
+    turn = torch.where(high == r, from_red, torch.where(high == g, from_green, from_blue))
     return turn.div_(c.clamp_min(1)), c, low, high
 
 # %% ../../nbs/21_views.ops.ipynb #b9b51341
@@ -174,22 +195,36 @@ def hue(
     magnitude:torch.Tensor,  # [n], share of the colour circle, -0.5..0.5
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Turn the hue; red, green, blue follow each other at thirds."
-    if images.shape[1] == 1: return images
+    if images.shape[1] == 1:
+        return images
     out = images.float()
     h, c, low, high = _hue_and_range(out)
     h.add_(6 * magnitude.view(-1, 1, 1))
-    h.sub_((h / 6).floor_(), alpha=6)                                           # back into 0..6
-    for k, top in enumerate((3, 2, 4)): torch.sub(h, top, out=out[:, k])
-    out.abs_().clamp_(1, 2).mul_(c[:, None])                                    # c times the distance, 1..2
-    out[:, 0].add_(low - c + 0.5)                                               # red rises with it,
-    torch.sub((high + c + 0.5)[:, None], out[:, 1:], out=out[:, 1:])            # green and blue fall
+    h.sub_((h / 6).floor_(), alpha=6)                                   # back into 0..6
+    for k, middle in enumerate((3, 2, 4)):
+        torch.sub(h, middle, out=out[:, k])
+    out.abs_().clamp_(1, 2).mul_(c[:, None])                            # c·d
+    out[:, 0].add_(low - c + 0.5)                                       # red rises with it,
+    torch.sub((high + c + 0.5)[:, None], out[:, 1:], out=out[:, 1:])    # green and blue fall
     return out.to(torch.int32).to(torch.uint8)
 
 # %% ../../nbs/21_views.ops.ipynb #e9568eb5
-OPERATIONS = {**{name: None for name in GEOMETRIC}, "Brightness": brightness, "Color": color, "Contrast": contrast, "Sharpness": sharpness,
-              "Posterize": posterize, "Solarize": solarize, "AutoContrast": autocontrast, "Equalize": equalize, "Invert": invert, "Hue": hue}
-CODES = {name: code for code, name in enumerate(OPERATIONS)}               # GEOMETRIC come first: codes 0..4
-_GROUPS = [None, geometric, *list(OPERATIONS.values())[len(GEOMETRIC):]]   # nothing to do | one look-up for five operations | the others
+OPERATIONS = {
+    **dict.fromkeys(GEOMETRIC),      # no function of their own: `geometric` does all five
+    "Brightness": brightness,
+    "Color": color,
+    "Contrast": contrast,
+    "Sharpness": sharpness,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Hue": hue,
+}
+CODES = {name: code for code, name in enumerate(OPERATIONS)}
+# nothing to do | one look-up for five operations | the others
+_GROUPS = [None, geometric, *list(OPERATIONS.values())[len(GEOMETRIC):]]
 
 # %% ../../nbs/21_views.ops.ipynb #c769a81b
 def in_blocks(
@@ -198,9 +233,13 @@ def in_blocks(
     *others,              # more arguments [n, …]
 ) -> torch.Tensor:        # the results, together
     "Run an operation on a CPU in blocks that fit the cache; on other devices at once."
-    size = max(1, 2**18 // images[0].numel()) if images.device.type == "cpu" and len(images) else max(1, len(images))
-    if len(images) <= size: return operation(images, *others)
-    return torch.cat([operation(*block) for block in zip(*(t.split(size) for t in (images, *others)))])
+    n = len(images)
+    at_once = 2**18 // images[0].numel() if images.device.type == "cpu" and n else n
+    size = max(1, at_once)
+    if n <= size:
+        return operation(images, *others)
+    blocks = zip(*(t.split(size) for t in (images, *others)))
+    return torch.cat([operation(*block) for block in blocks])
 
 # %% ../../nbs/21_views.ops.ipynb #b7f42c81
 def replaced(
@@ -222,7 +261,22 @@ def on_some(
 ) -> torch.Tensor:        # [n, C, H, W]
     "Run an operation on the chosen images; the others stay."
     ids = chosen.nonzero()[:, 0]
-    return replaced(images, ids, in_blocks(operation, *(t.index_select(0, ids) for t in (images, *others)))) if len(ids) else images
+    if len(ids) == 0:
+        return images
+    done = in_blocks(operation, *(t.index_select(0, ids) for t in (images, *others)))
+    return replaced(images, ids, done)
+
+# %% ../../nbs/21_views.ops.ipynb #5c5fabb3
+def _group_of(codes):
+    "[n] position in _GROUPS of each image's operation."
+    return torch.where(codes < 0, 0, (codes - len(GEOMETRIC)).clamp_min(-1) + 2)
+
+def _run(operation, images, magnitude, codes):
+    if operation is None:
+        return images
+    if operation is geometric:
+        return in_blocks(operation, images, magnitude, codes)
+    return in_blocks(operation, images, magnitude)
 
 # %% ../../nbs/21_views.ops.ipynb #a112b788
 def apply_operations(
@@ -231,23 +285,24 @@ def apply_operations(
     magnitude:torch.Tensor,  # [n], as the operation wants it
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Apply to each image an operation of its own."
-    group = torch.where(codes < 0, 0, (codes - len(GEOMETRIC)).clamp_min(-1) + 2)           # [n], a position in _GROUPS
+    group = _group_of(codes)
     order = group.argsort()
     sizes = torch.bincount(group, minlength=len(_GROUPS)).tolist()
-    parts = zip(_GROUPS, *(t.index_select(0, order).split(sizes) for t in (images, magnitude, codes)))
-    done = [_run(operation, *part) for operation, *part in parts if len(part[0])]
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return torch.cat(done).index_select(0, back) if done else images
-
-def _run(operation, images, magnitude, codes):
-    if operation is None: return images
-    return in_blocks(operation, images, magnitude, *([codes] if operation is geometric else []))
+    by_group = zip(*(t.index_select(0, order).split(sizes) for t in (images, magnitude, codes)))
+    done = [_run(operation, *part) for operation, part in zip(_GROUPS, by_group) if len(part[0])]
+    if not done:
+        return images
+    back = torch.empty_like(order)
+    back.scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.cat(done).index_select(0, back)
 
 # %% ../../nbs/21_views.ops.ipynb #ad95d54a
 def compile_operations(
-    names:tuple=("Hue",),  # of `OPERATIONS`
+    names:tuple=("Hue",),  # keys of `OPERATIONS`, of operations on colours
 ):
-    "From now on in this process, apply these operations in their compiled form; the results are the same, byte for byte."
+    "From now on in this process, apply these operations compiled; the bytes of the results stay the same."
+    rule = "`names` must be operations on colours: the geometric ones gain nothing"
     for name in names:
-        require(choose(name, OPERATIONS, "operation") is not None, "`names` must be operations on colours: the geometric ones gain nothing", name)
-        _GROUPS[CODES[name] - len(GEOMETRIC) + 2] = torch.compile(OPERATIONS[name], dynamic=True)
+        operation = choose(name, OPERATIONS, "operation")
+        require(operation is not None, rule, name)
+        _GROUPS[CODES[name] - len(GEOMETRIC) + 2] = torch.compile(operation, dynamic=True)

@@ -17,10 +17,22 @@ from ..checks import require
 from .crops import random_blur, random_erase, random_flip, random_shift
 from .ops import CODES, apply_operations, grey, on_some
 
+# %% ../../nbs/23_views.policies.ipynb #88f2ca27
+_JITTERED = [CODES[name] for name in ("Brightness", "Contrast", "Color", "Hue")]
+
+def _jitter(draw, largest, p):
+    "Codes and magnitudes [B, 4] in the order in which they are applied; `largest` [4] changes."
+    order = draw(4).argsort(1)
+    change = (draw(4) * 2 - 1) * largest
+    chosen = draw(1) < p
+    codes = torch.tensor(_JITTERED, device=order.device)
+    codes = torch.where(chosen & (largest > 0), codes, -1)      # a magnitude of 0 is no operation
+    return codes.gather(1, order), change.gather(1, order)
+
 # %% ../../nbs/23_views.policies.ipynb #970d5cbf
 def color_jitter(
     images:torch.Tensor,   # uint8 [B, C, H, W]
-    draw,                  # a `Draws`
+    draw,                  # a `Draws` of the B images
     brightness:float=0.4,  # largest change, as a share: 0.4 is a factor of 0.6..1.4
     contrast:float=0.4,    # the same for contrast
     color:float=0.4,       # the same for saturation
@@ -28,95 +40,112 @@ def color_jitter(
     p:float=0.8,           # probability that an image is changed at all
 ) -> torch.Tensor:         # uint8 [B, C, H, W]
     "Change brightness, contrast, colour and hue in random order (Howard 2013; Chen et al. 2020)."
-    codes, magnitudes = _jitter(draw, torch.tensor([brightness, contrast, color, hue], device=images.device), p)
-    for k in range(4): images = apply_operations(images, codes[:, k], magnitudes[:, k])
+    largest = torch.tensor([brightness, contrast, color, hue], device=images.device)
+    codes, magnitudes = _jitter(draw, largest, p)
+    for k in range(4):
+        images = apply_operations(images, codes[:, k], magnitudes[:, k])
     return images
-
-# %% ../../nbs/23_views.policies.ipynb #88f2ca27
-def _jitter(draw, largest, p):
-    "Codes and magnitudes [B, 4] in the order in which they are applied."
-    order, change, chosen = draw(4).argsort(1), (draw(4) * 2 - 1) * largest, draw(1) < p
-    codes = torch.tensor([CODES[k] for k in ("Brightness", "Contrast", "Color", "Hue")], device=order.device)
-    codes = torch.where(chosen & (largest > 0), codes, -1)                          # a magnitude of 0 is no operation
-    return (t.expand(len(order), 4).gather(1, order) for t in (codes, change))
 
 # %% ../../nbs/23_views.policies.ipynb #de0920d2
 def random_grey(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    draw,                 # a `Draws`
+    draw,                 # a `Draws` of the B images
     p:float=0.2,          # probability of losing all colour
 ) -> torch.Tensor:        # uint8 [B, C, H, W]
     "Take the colours away from some images, with probability `p`."
-    return on_some(lambda x: grey(x).expand(-1, x.shape[1], -1, -1), images, draw(1)[:, 0] < p)
+    chosen = draw(1)[:, 0] < p
+    return on_some(lambda x: grey(x).expand(-1, x.shape[1], -1, -1), images, chosen)
 
 # %% ../../nbs/23_views.policies.ipynb #10aa19f2
-SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
+SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
+          "Brightness", "Color", "Contrast", "Sharpness"}
 
 @lru_cache
 def _pairs(H, W):
-    "AutoAugment's CIFAR-10 policy as tensors [25, 2]: code, probability, magnitude, and whether its sign is drawn."
+    "AutoAugment's CIFAR-10 policy as tensors [25, 2]: code, probability, magnitude, has a sign?"
     source = AutoAugment(AutoAugmentPolicy.CIFAR10)
-    scale = {k: (v if v.ndim else v.expand(10)).tolist() for k, (v, _) in source._augmentation_space(10, (H, W)).items()}
-    rows = [[(CODES[name], p, scale[name][m or 0], name in SIGNED) for name, p, m in pair] for pair in source.policies]
-    return torch.tensor(rows, dtype=torch.float64).unbind(2)
+    space = source._augmentation_space(10, (H, W))              # name -> (magnitudes, has a sign)
+    scales = {name: scale.expand(10).tolist() for name, (scale, _) in space.items()}
 
-# %% ../../nbs/23_views.policies.ipynb #56f68f7e
-def auto_augment(
-    images:torch.Tensor,  # uint8 [B, 3, H, W]
-    draw,                 # a `Draws`
-) -> torch.Tensor:        # uint8 [B, 3, H, W]
-    "AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019), two operations at most."
-    codes, magnitudes = _auto(draw, *images.shape[2:])
-    for k in range(2): images = apply_operations(images, codes[:, k], magnitudes[:, k])
-    return images
+    def _row(name, p, m):
+        return CODES[name], p, scales[name][m or 0], name in SIGNED
+
+    rows = [[_row(*operation) for operation in pair] for pair in source.policies]
+    return torch.tensor(rows, dtype=torch.float64).unbind(2)
 
 # %% ../../nbs/23_views.policies.ipynb #c43d06e8
 def _auto(draw, H, W):
     "Codes and magnitudes [B, 2]."
-    u = draw(5)                                                                 # pair | happens, happens | sign, sign
-    code, p, magnitude, signed = (t.to(u.device)[(u[:, 0] * 25).long()] for t in _pairs(H, W))
-    sign = torch.where((signed > 0) & (u[:, 3:] < 0.5), -1, 1)
-    return torch.where(u[:, 1:3] < p, code, -1).long(), magnitude * sign
+    u = draw(5)
+    pair = (u[:, 0] * 25).long()
+    code, p, magnitude, signed = (t.to(u.device)[pair] for t in _pairs(H, W))       # each [B, 2]
+    happens = u[:, 1:3] < p
+    negative = (signed > 0) & (u[:, 3:] < 0.5)
+    return torch.where(happens, code, -1).long(), magnitude * torch.where(negative, -1, 1)
+
+# %% ../../nbs/23_views.policies.ipynb #56f68f7e
+def auto_augment(
+    images:torch.Tensor,  # uint8 [B, 3, H, W]
+    draw,                 # a `Draws` of the B images
+) -> torch.Tensor:        # uint8 [B, 3, H, W]
+    "AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019), two operations at most."
+    codes, magnitudes = _auto(draw, *images.shape[2:])
+    for k in range(2):
+        images = apply_operations(images, codes[:, k], magnitudes[:, k])
+    return images
 
 # %% ../../nbs/23_views.policies.ipynb #d5deafe2
 @lru_cache
 def _space(H, W, m, bins):
     "RandAugment's operations as tensors [14]: code, magnitude, and whether its sign is drawn."
-    space = RandAugment()._augmentation_space(bins, (H, W))
-    rows = [(CODES.get(name, -1), (scale[m] if scale.ndim else scale).item(), name in SIGNED) for name, (scale, _) in space.items()]
+    rows = []
+    for name, (scale, _) in RandAugment()._augmentation_space(bins, (H, W)).items():
+        magnitude = scale[m] if scale.ndim else scale
+        rows.append((CODES.get(name, -1), magnitude.item(), name in SIGNED))
     return torch.tensor(rows, dtype=torch.float64).unbind(1)
 
 # %% ../../nbs/23_views.policies.ipynb #f1db4b13
 def _rand(draw, H, W, n, m, bins):
     "Codes and magnitudes [B, n]."
     u = draw(2 * n)
-    code, magnitude, signed = (t.to(u.device)[(u[:, :n] * 14).long()] for t in _space(H, W, m, bins))
-    return code.long(), torch.where((signed > 0) & (u[:, n:] < 0.5), -magnitude, magnitude)
+    which = (u[:, :n] * 14).long()
+    code, magnitude, signed = (t.to(u.device)[which] for t in _space(H, W, m, bins))
+    negative = (signed > 0) & (u[:, n:] < 0.5)
+    return code.long(), torch.where(negative, -magnitude, magnitude)
 
 # %% ../../nbs/23_views.policies.ipynb #c591f58f
 def rand_augment(
     images:torch.Tensor,  # uint8 [B, 3, H, W]
-    draw,                 # a `Draws`
-    n:int=2,              # operations
+    draw,                 # a `Draws` of the B images
+    n:int=2,              # how many operations
     m:int=10,             # magnitude, 0..bins-1
     bins:int=31,          # points of the magnitude scale
 ) -> torch.Tensor:        # uint8 [B, 3, H, W]
     "RandAugment (Cubuk et al. 2020) with torchvision's scale, where 10 of 30 is a third of the strongest."
     codes, magnitudes = _rand(draw, *images.shape[2:], n, m, bins)
-    for k in range(n): images = apply_operations(images, codes[:, k], magnitudes[:, k])
+    for k in range(n):
+        images = apply_operations(images, codes[:, k], magnitudes[:, k])
     return images
 
 # %% ../../nbs/23_views.policies.ipynb #b565bd57
+def _is_crop(crop):
+    if isinstance(crop, float):
+        return 0 < crop <= 1
+    if isinstance(crop, tuple):
+        return len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1
+    return crop is None
+
 @dataclass(frozen=True)
 class Policy:
     "A crop and named steps; called as (images, draw) it runs the steps."
-    steps: dict                       # name -> function (images uint8 [B, C, S, S], draw) -> the same
-    crop: tuple|float|None = None     # (smallest, largest) share of the area: random resized crop | share of the shorter side: middle | None: as they come
-    colors: bool = False              # needs three channels
+    steps: dict                     # name -> function (images uint8 [B, C, S, S], draw) -> the same
+    crop: tuple|float|None = None   # (smallest, largest) share of the area | share of the shorter side | none
+    colors: bool = False            # needs three channels
 
     def __post_init__(self):
-        ok = self.crop is None or isinstance(self.crop, float) and 0 < self.crop <= 1 or isinstance(self.crop, tuple) and len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1
-        require(ok, "`crop` must be None, a share of the shorter side such as 0.875, or a tuple (smallest, largest) share of the area", repr(self.crop))
+        rule = ("`crop` must be None, a share of the shorter side such as 0.875, "
+                "or a tuple (smallest, largest) share of the area")
+        require(_is_crop(self.crop), rule, repr(self.crop))
 
 # %% ../../nbs/23_views.policies.ipynb #f797ff37
 @patch
@@ -129,21 +158,35 @@ def __call__(self:Policy,
     return images
 
 # %% ../../nbs/23_views.policies.ipynb #b674ba18
-_SHIFT = {k: partial(random_shift, pad=k) for k in (1, 2, 4)}
-_HOLE = {k: partial(random_erase, size=k, p=0.5) for k in (3, 8)}
-_JITTER, _STRONG_JITTER = partial(color_jitter, hue=0.0, p=1.0), partial(color_jitter, hue=0.1, p=0.8)
-_CUT_32, _CUT_224 = (0.2, 1.0), (0.08, 1.0)
+_CUT_32 = (0.2, 1.0)         # shares of the area, for small images and for photographs
+_CUT_224 = (0.08, 1.0)
 
+_FLIP = {"flip": random_flip}
+_GREY = {"grey": random_grey}
+_BLUR = {"blur": random_blur}
+_RAND = {"RandAugment": rand_augment}
+_JITTER = {"jitter": partial(color_jitter, hue=0.0, p=1.0)}
+_STRONG_JITTER = {"jitter": partial(color_jitter, hue=0.1, p=0.8)}
+
+def _shift(pad):
+    return {"shift": partial(random_shift, pad=pad)}
+
+def _hole(size):
+    return {"erase": partial(random_erase, size=size, p=0.5)}
+
+_REGULAR = {"AutoAugment": auto_augment, "Cutout": partial(random_erase, size=16)}
+
+# %% ../../nbs/23_views.policies.ipynb #5a314d34
 POLICIES = {
-    "plain":       Policy({}),
-    "eval":        Policy({}, crop=0.875),
-    "digits":      Policy({"shift": _SHIFT[1], "erase": _HOLE[3]}),
-    "fashion":     Policy({"shift": _SHIFT[2], "flip": random_flip, "erase": _HOLE[8]}),
-    "glyphs":      Policy({"shift": _SHIFT[2], "erase": _HOLE[8]}),
-    "cifar_regular": Policy({"shift": _SHIFT[4], "flip": random_flip, "AutoAugment": auto_augment, "Cutout": partial(random_erase, size=16)}, colors=True),
-    "cifar_sim":      Policy({"flip": random_flip, "jitter": _STRONG_JITTER, "grey": random_grey}, _CUT_32, True),
-    "cifar_sim_blur": Policy({"flip": random_flip, "jitter": _STRONG_JITTER, "grey": random_grey, "blur": random_blur}, _CUT_32, True),
-    "imagenet_rand":  Policy({"flip": random_flip, "jitter": _JITTER, "RandAugment": rand_augment}, _CUT_224, True),
-    "imagenet_sim":   Policy({"flip": random_flip, "jitter": _JITTER, "grey": random_grey, "blur": random_blur}, _CUT_224, True),
-    "imagenet_sim_rand": Policy({"flip": random_flip, "jitter": _JITTER, "grey": random_grey, "blur": random_blur, "RandAugment": rand_augment}, _CUT_224, True),
+    "plain":             Policy({}),
+    "eval":              Policy({}, crop=0.875),
+    "digits":            Policy(_shift(1) | _hole(3)),
+    "fashion":           Policy(_shift(2) | _FLIP | _hole(8)),
+    "glyphs":            Policy(_shift(2) | _hole(8)),
+    "cifar_regular":     Policy(_shift(4) | _FLIP | _REGULAR, colors=True),
+    "cifar_sim":         Policy(_FLIP | _STRONG_JITTER | _GREY, _CUT_32, colors=True),
+    "cifar_sim_blur":    Policy(_FLIP | _STRONG_JITTER | _GREY | _BLUR, _CUT_32, colors=True),
+    "imagenet_rand":     Policy(_FLIP | _JITTER | _RAND, _CUT_224, colors=True),
+    "imagenet_sim":      Policy(_FLIP | _JITTER | _GREY | _BLUR, _CUT_224, colors=True),
+    "imagenet_sim_rand": Policy(_FLIP | _JITTER | _GREY | _BLUR | _RAND, _CUT_224, colors=True),
 }
