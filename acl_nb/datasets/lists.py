@@ -77,28 +77,35 @@ _FROM_PLACES = "Places365-Standard, small images (256 x 256), of the Places2 hom
 # %% ../../nbs/11_datasets.lists.ipynb #389fde69
 BENCHMARKS = {
     "imagenet_lt": Benchmark(
-        "ImageNet_LT", 1000, dict(train=(115_846, 5, 1280), val=(20_000, 20, 20), test=(50_000, 50, 50)), dict(
+        "ImageNet_LT", 1000, base=_BALANCING,
+        parts=dict(train=(115_846, 5, 1280), val=(20_000, 20, 20), test=(50_000, 50, 50)),
+        blobs=dict(
             train="a063f095fcd475db4cf8b0658c4b73955535bbf9",
             val="3ed3188b2f44829ce2dec1cc27040d8d40984088",
-            test="76a2fb9749d6cd29e765cc4f8c270f2504131e2f"), _BALANCING,
-        "ImageNet 2012 (ILSVRC, after registration at image-net.org), as train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
+            test="76a2fb9749d6cd29e765cc4f8c270f2504131e2f"),
+        images="ImageNet 2012 (ILSVRC, after registration at image-net.org), "
+               "as train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
     "places_lt": Benchmark(
-        "Places_LT", 365, _PLACES, dict(
+        "Places_LT", 365, base=_BALANCING, parts=_PLACES,
+        blobs=dict(
             train="6392252f8ae867bc8a5e841cc1b29e5b8ef4b636",
             val="b93a2ca58ccb7f3b671c176f395a70bf52c95533",
-            test="e732e58b8aa718a2c1c11933375f5710652c2b93"), _BALANCING,
-        f"{_FROM_PLACES}, easy directory structure: train/CLASS/*.jpg and val/CLASS/*.jpg"),
+            test="e732e58b8aa718a2c1c11933375f5710652c2b93"),
+        images=f"{_FROM_PLACES}, easy directory structure: train/CLASS/*.jpg and val/CLASS/*.jpg"),
     "places_lt_v2": Benchmark(
-        "Places_LT_v2", 365, _PLACES, dict(
+        "Places_LT_v2", 365, base=_AGNOSTIC, parts=_PLACES,
+        blobs=dict(
             train="1d608b558c25c271da75c06f1e5e3625a4ebcb79",
             val="89c29c0973328f77d7a77a8b580634ce20acdc11",
-            test="d43400ac9bc2275baa058456da40b20abb50b108"), _AGNOSTIC,
-        f"{_FROM_PLACES}: data_256/LETTER/CLASS/*.jpg and val_256/*.jpg"),
+            test="d43400ac9bc2275baa058456da40b20abb50b108"),
+        images=f"{_FROM_PLACES}: data_256/LETTER/CLASS/*.jpg and val_256/*.jpg"),
     "inaturalist18": Benchmark(
-        "iNaturalist18", 8142, dict(train=(437_513, 2, 1000), val=(24_426, 3, 3)), dict(
+        "iNaturalist18", 8142, base=_BALANCING,
+        parts=dict(train=(437_513, 2, 1000), val=(24_426, 3, 3)),
+        blobs=dict(
             train="4accdb7584d2f0a5106c40a33ed6afa392189bcc",
-            val="4c23900857fd0f5adcd4cc0dffef345039eeb05f"), _BALANCING,
-        "iNaturalist 2018 competition, train_val2018.tar.gz, as train_val2018/*/*/*.jpg"),
+            val="4c23900857fd0f5adcd4cc0dffef345039eeb05f"),
+        images="iNaturalist 2018 competition, train_val2018.tar.gz, as train_val2018/*/*/*.jpg"),
 }
 
 # %% ../../nbs/11_datasets.lists.ipynb #84eee6e7

@@ -189,7 +189,10 @@ def read_inat_json(
     ids = list(file_names)
     names = [os.fsencode(str(file_names[i])) for i in ids]
     labels = [str(categories[i]).encode() for i in ids]
-    where = lambda row: f"{path}, image {ids[row]}"
+
+    def where(row):
+        return f"{path}, image {ids[row]}"
+
     for row, (name, label) in enumerate(zip(names, labels)):
         fault = _fault(name, label)
         if fault:
@@ -199,13 +202,30 @@ def read_inat_json(
 # %% ../../nbs/08_datasets.readers.ipynb #9b42ddd4
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")   # what torchvision's native decoder reads
 
+# %% ../../nbs/08_datasets.readers.ipynb #d94b60a1
+def _is_image(file):
+    "Does a file of this name hold an image?"
+    return file.lower().endswith(EXTENSIONS)
+
+def _files_below(folder):
+    "(folder, name) of every file of a tree, however deep; links to folders are followed."
+    for place, _, files in os.walk(folder, followlinks=True):
+        for file in files:
+            yield place, file
+
 def _images_below(folder, root):
     "The paths (bytes) of a tree's images, relative to `root` and sorted."
-    found = []
-    for place, _, files in os.walk(folder, followlinks=True):
-        images = [f for f in files if f.lower().endswith(EXTENSIONS)]
-        found += [os.path.relpath(os.path.join(place, f), root) for f in images]
-    return [os.fsencode(path.replace(os.sep, "/")) for path in sorted(found)]
+    images = [os.path.join(place, file) for place, file in _files_below(folder) if _is_image(file)]
+    relative = sorted(os.path.relpath(image, root) for image in images)
+    return [os.fsencode(path.replace(os.sep, "/")) for path in relative]
+
+# %% ../../nbs/08_datasets.readers.ipynb #7be1d840
+def _class_folders(top):
+    "The names of the classes of a tree, sorted."
+    require(top.is_dir(), f"{top} must be a folder with one folder of images a class", "no folder")
+    classes = sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
+    require(classes, f"{top} must hold one folder of images a class", "no folder in it")
+    return classes
 
 # %% ../../nbs/08_datasets.readers.ipynb #9dd37b5c
 def read_folder(
@@ -214,16 +234,18 @@ def read_folder(
 ) -> ImageList:
     "List the images of a tree `part/CLASS/**/*.jpg`."
     top = Path(root)/part
-    require(top.is_dir(), f"{top} must be a folder with one folder of images a class", "no folder")
-    classes = sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
-    require(classes, f"{top} must hold one folder of images a class", "no folder in it")
+    classes = _class_folders(top)
     names, labels = [], []
     for label, name in enumerate(classes):
         images = _images_below(top/name, root)
         require(images, f"{top/name} must hold images ({' '.join(EXTENSIONS)})", "none")
         names += images
         labels += [label] * len(images)
-    index = _image_list(top, lambda row: os.fsdecode(names[row]), names, labels)
+
+    def where(row):
+        return os.fsdecode(names[row])
+
+    index = _image_list(top, where, names, labels)
     return ImageList(index.paths, index.labels, classes)
 
 # %% ../../nbs/08_datasets.readers.ipynb #91e5afde
