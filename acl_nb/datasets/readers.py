@@ -190,7 +190,7 @@ def read_inat_json(
     names = [os.fsencode(str(file_names[i])) for i in ids]
     labels = [str(categories[i]).encode() for i in ids]
 
-    def where(row):
+    def where(row):  # counted from 0, in the order of `images`
         return f"{path}, image {ids[row]}"
 
     for row, (name, label) in enumerate(zip(names, labels)):
@@ -242,7 +242,7 @@ def read_folder(
         names += images
         labels += [label] * len(images)
 
-    def where(row):
+    def where(row):  # counted from 0, in the order of `names`
         return os.fsdecode(names[row])
 
     index = _image_list(top, where, names, labels)
