@@ -163,10 +163,31 @@ def large_images(rounds, rows, B=8, V=3):
         said = ", ".join(f"{part} {t / total:4.0%}" for part, t in parts.items())
         print(f"{name:18} {V} views of an image: {total:6.1f} ms; {said}", flush=True)
 
+def decoding(rounds, rows, B=8):
+    "Bytes to pixels: the rules of the package beside torchvision's native operation alone, which had every format before."
+    from torchvision.io import ImageReadMode
+    native, rgb = torch.ops.image.decode_image, ImageReadMode.RGB.value
+    def alone(data): return native(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb, True)
+    for kind in ("JPEG", "PNG"):
+        files = jpegs(B) if kind == "JPEG" else [png_of(f) for f in jpegs(B)]
+        seconds = interleaved({"decode": lambda: [decode(f, decoder="torchvision") for f in files],
+                               "native operation": lambda: [alone(f) for f in files]}, rounds)
+        section, ratio = f"decoding, {kind} of 500 × 375", median_ratio(seconds["native operation"], seconds["decode"])
+        rows.begin(section)
+        for case, s in seconds.items(): rows.add(section, case, "speed", B / statistics.median(s), "images/s")
+        rows.add(section, "decode", "speed ratio", ratio, "×", "native operation")
+        print(f"{section}: {B / statistics.median(seconds['decode']):.0f} images/s, {ratio:.2f} × the native operation", flush=True)
+
+def png_of(jpeg):
+    "The same picture as a PNG file."
+    file = BytesIO()
+    Image.open(BytesIO(jpeg)).save(file, "PNG")
+    return file.getvalue()
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
-    ask.add_argument("--only", choices=("small", "large"), help="small or large images alone")
+    ask.add_argument("--only", choices=("small", "large", "decode"), help="small images, large ones or decoding alone")
     ask.add_argument("--compile", action="store_true", help="with compiled operations (needs a C++ compiler)")
     out_option(ask, "views")
     args = ask.parse_args()
@@ -177,9 +198,10 @@ def main():
     rows = Rows(args.out, processor_name())
     print(f"torch {torch.__version__}, one thread, uint8 in, normalised float32 out; "
           "× is views a second against the first line")
-    if args.only != "large":
+    if args.only in (None, "small"):
         for policy in ("cifar_regular", "cifar_sim"): small_images(policy, args.rounds, rows)
-    if args.only != "small":
+    if args.only in (None, "decode"): decoding(args.rounds, rows)
+    if args.only in (None, "large"):
         print("\n224 pixels, photographs of 500 × 375 as JPEG; one decode for all views")
         large_images(max(3, args.rounds // 3), rows)
     rows.write()
