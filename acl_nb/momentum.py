@@ -28,7 +28,7 @@ class KeyQueue(nn.Module):
         require(size >= 1, "`size` must be at least 1", size)
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("pushed", torch.tensor(0))                        # keys ever pushed
+        self.register_buffer("pushed", torch.tensor(0))            # keys ever pushed
 
 # %% ../nbs/42_momentum.ipynb #702f2c4b
 @patch
@@ -39,8 +39,11 @@ def contents(self:KeyQueue) -> tuple: # keys [m, D] and labels [m], m <= size, i
 
 # %% ../nbs/42_momentum.ipynb #f66b302e
 def _check_push(keys, labels, dim):
-    require(keys.ndim == 2 and keys.shape[1] == dim and labels.shape == keys.shape[:1], f"`keys` must be [n, {dim}] with n `labels`", f"{list(keys.shape)} and {list(labels.shape)}")
-    require(not labels.is_floating_point() and labels.dtype != torch.bool, "`labels` must be whole numbers", labels.dtype)
+    fits = keys.ndim == 2 and keys.shape[1] == dim and labels.shape == keys.shape[:1]
+    got = f"{list(keys.shape)} and {list(labels.shape)}"
+    require(fits, f"`keys` must be [n, {dim}] with n `labels`", got)
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    require(whole, "`labels` must be whole numbers", labels.dtype)
     if len(keys): _check_unit("keys", keys)
 
 # %% ../nbs/42_momentum.ipynb #2eeeabd8
@@ -67,7 +70,8 @@ class MomentumCopy(nn.Module):
     ):
         super().__init__()
         require(0 <= momentum < 1, "`momentum` must be at least 0 and below 1", momentum)
-        self.module, self.momentum = deepcopy(module).requires_grad_(False), momentum
+        self.module = deepcopy(module).requires_grad_(False)
+        self.momentum = momentum
         self.training = module.training
 
 # %% ../nbs/42_momentum.ipynb #27fe1065
@@ -78,7 +82,8 @@ def forward(self:MomentumCopy, *args, **kwargs): # those of the module -> what t
     return self.module(*args, **kwargs)
 
 # %% ../nbs/42_momentum.ipynb #32c887ad
-def _tensors(module): return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _tensors(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 # %% ../nbs/42_momentum.ipynb #c7ecbf8b
 @patch
@@ -86,10 +91,12 @@ def _tensors(module): return {**dict(module.named_parameters()), **dict(module.n
 def update(self:MomentumCopy,
     module:nn.Module,  # the trained one, after its step; not wrapped for several processes
 ):
-    "A step towards `module`: floating-point parameters and buffers m·old + (1 - m)·new, whole numbers copied."
+    "A step towards `module`: what is floating becomes m·old + (1 - m)·new, whole numbers are copied."
     mine, theirs = _tensors(self.module), _tensors(module)
     other = sorted(mine.keys() ^ theirs.keys())
-    require(not other, "`module` must have the parameters of the one that was copied", f"{', '.join(other[:2])} in one of them")
+    rule = "`module` must have the parameters of the one that was copied"
+    require(not other, rule, f"{', '.join(other[:2])} in one of them")
     floating = [k for k, t in mine.items() if t.is_floating_point()]
-    get_ema_multi_avg_fn(self.momentum)([mine[k] for k in floating], [theirs[k] for k in floating], None)
+    average = get_ema_multi_avg_fn(self.momentum)
+    average([mine[k] for k in floating], [theirs[k] for k in floating], None)
     for k in mine.keys() - set(floating): mine[k].copy_(theirs[k])
