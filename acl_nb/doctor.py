@@ -25,7 +25,7 @@ from PIL import Image
 from .checks import BadInput, require
 from .cli import command
 from .counts import class_counts
-from .datasets import DATASETS, FACTS, ImageArray, LongTailed
+from .datasets import DATASETS, ImageArray, LongTailed, facts_of
 from .datasets.files import read_image
 from .losses import acl_loss
 from .parts import Parts, find_setup, start_processes
@@ -141,13 +141,13 @@ def _disk(r, folder=".", need=2e9):
 # %% ../nbs/72_doctor.ipynb #1fbc8d16
 def _built(r):
     "The data set, if it is there; nothing is downloaded."
-    folder = r.data or ("data" if FACTS[r.dataset].fetched else None)
+    folder = r.data or ("data" if facts_of(r.dataset).fetched else None)
     return DATASETS[r.dataset](folder, r.imbalance, r.kind, r.subset_seed, r.n_max)
 
 def _data(r):
     try: data = _built(r)
     except BadInput:
-        if r.data is not None or not FACTS[r.dataset].fetched: raise
+        if r.data is not None or not facts_of(r.dataset).fetched: raise
         return Verdict("missing", "not in data/; a run without --data downloads them when it is online")
     train, test = f"{len(data.train):,} training images of {len(data.classes):,} classes", f"{len(data.test):,} of {data.split}"
     return Verdict("ok", f"{train}, {test}")
@@ -169,7 +169,7 @@ def diagnose(
 # %% ../nbs/72_doctor.ipynb #379798e5
 def _known(r):
     "(image shape, training counts, test images) of a data set that need not be there."
-    facts = FACTS[r.dataset]
+    facts = facts_of(r.dataset)
     rule = f"{r.dataset} must be there to say how long it takes: its size is known by its files alone"
     require(facts.classes is not None, rule)
     if facts.imbalance == "as_is": counts = torch.full((facts.classes,), facts.total // facts.classes)

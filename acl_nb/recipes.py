@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, fields
 
 from .checks import BadInput, choose, require, user_path
-from .datasets import FACTS
+from .datasets import FACTS, facts_of
 from .losses import TRAITS, loss_traits, losses_that
 from .settings import Recipe
 
@@ -67,7 +67,7 @@ _OF_DATA = {"kind", "subset_seed"}       # the other settings of data have rules
 
 def _check_read(made, given, usual):
     "What is given and changes a setting must be read by loss and data: a record would say that it mattered."
-    unread = _OF_LOSSES - loss_traits(made.loss).reads | _OF_DATA - {*FACTS[made.dataset].reads}
+    unread = _OF_LOSSES - loss_traits(made.loss).reads | _OF_DATA - {*facts_of(made.dataset).reads}
     for field in [field for field in given if field in unread]:
         readers = losses_that(lambda t: field in t.reads) or [k for k, facts in FACTS.items() if field in facts.reads]
         reader = made.loss if field in _OF_LOSSES else made.dataset

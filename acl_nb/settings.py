@@ -14,7 +14,7 @@ from typing import get_args
 
 from .checks import choose, require
 from .counts import KINDS
-from .datasets import DATASETS, FACTS
+from .datasets import DATASETS, facts_of
 from .encoders import find_encoder
 from .losses import LOSSES, loss_traits, losses_that
 from .networks import CENTERS, CLASSIFIERS, READOUTS
@@ -147,7 +147,7 @@ def _checked(name, value, kind):
 # %% ../nbs/50_settings.ipynb #32fd2119
 def _check_data_settings(r):
     "Rules between a data set and its settings, from the data sets' one table."
-    facts = FACTS[r.dataset]
+    facts = facts_of(r.dataset)
     for field in ("split", "size", "on_error", "background", "class_seed"):
         value = getattr(r, field)
         require(value is None or field in facts.reads,
