@@ -22,13 +22,13 @@ class KeyQueue(nn.Module):
     "The last `size` keys that were pushed, with their labels."
     def __init__(self,
         size:int,  # most keys it holds, at least 1
-        dim:int,   # D, of a key
+        dim:int,   # D, numbers per key
     ):
         super().__init__()
         require(size >= 1, "`size` must be at least 1", size)
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64))
-        self.register_buffer("pushed", torch.tensor(0))            # keys ever pushed
+        self.register_buffer("pushed", torch.tensor(0))    # keys ever pushed
 
 # %% ../nbs/42_momentum.ipynb #702f2c4b
 @patch
@@ -39,12 +39,14 @@ def contents(self:KeyQueue) -> tuple: # keys [m, D] and labels [m], m <= size, i
 
 # %% ../nbs/42_momentum.ipynb #f66b302e
 def _check_push(keys, labels, dim):
+    "Refuse keys that are not [n, dim] of unit length, and labels that are not n whole numbers."
     fits = keys.ndim == 2 and keys.shape[1] == dim and labels.shape == keys.shape[:1]
-    got = f"{list(keys.shape)} and {list(labels.shape)}"
-    require(fits, f"`keys` must be [n, {dim}] with n `labels`", got)
+    shapes = f"{list(keys.shape)} and {list(labels.shape)}"
+    require(fits, f"`keys` must be [n, {dim}] with n `labels`", shapes)
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, "`labels` must be whole numbers", labels.dtype)
-    if len(keys): _check_unit("keys", keys)
+    if len(keys):
+        _check_unit("keys", keys)
 
 # %% ../nbs/42_momentum.ipynb #2eeeabd8
 @patch
@@ -56,7 +58,8 @@ def push(self:KeyQueue,
     "Add keys; the oldest make room."
     size, dim = self.keys.shape
     _check_push(keys, labels, dim)
-    rows = (self.pushed + torch.arange(len(keys), device=self.keys.device))[-size:] % size
+    order = self.pushed + torch.arange(len(keys), device=self.keys.device)
+    rows = order[-size:] % size
     self.keys[rows] = F.normalize(keys[-size:].to(self.keys), dim=1)
     self.labels[rows] = labels[-size:].to(self.labels)
     self.pushed += len(keys)
@@ -74,15 +77,14 @@ class MomentumCopy(nn.Module):
         self.momentum = momentum
         self.training = module.training
 
-# %% ../nbs/42_momentum.ipynb #27fe1065
-@patch
-@torch.no_grad()
-def forward(self:MomentumCopy, *args, **kwargs): # those of the module -> what the module returns, without gradient
-    "What the copy makes of an input, without gradient."
-    return self.module(*args, **kwargs)
+    @torch.no_grad()
+    def forward(self, *args, **kwargs): # those of the module -> what the module returns, without gradient
+        "What the copy makes of an input, without gradient."
+        return self.module(*args, **kwargs)
 
 # %% ../nbs/42_momentum.ipynb #32c887ad
-def _tensors(module):
+def _named_tensors(module):
+    "Parameters and buffers by name, those that are not saved as well."
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 # %% ../nbs/42_momentum.ipynb #c7ecbf8b
@@ -91,12 +93,13 @@ def _tensors(module):
 def update(self:MomentumCopy,
     module:nn.Module,  # the trained one, after its step; not wrapped for several processes
 ):
-    "A step towards `module`: what is floating becomes m·old + (1 - m)·new, whole numbers are copied."
-    mine, theirs = _tensors(self.module), _tensors(module)
-    other = sorted(mine.keys() ^ theirs.keys())
+    "A step towards `module`: floating-point parameters and buffers m·old + (1 - m)·new, whole numbers copied."
+    mine, theirs = _named_tensors(self.module), _named_tensors(module)
+    unmatched = sorted(mine.keys() ^ theirs.keys())
     rule = "`module` must have the parameters of the one that was copied"
-    require(not other, rule, f"{', '.join(other[:2])} in one of them")
-    floating = [k for k, t in mine.items() if t.is_floating_point()]
+    require(not unmatched, rule, f"{', '.join(unmatched[:2])} in one of them")
+    floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
     average = get_ema_multi_avg_fn(self.momentum)
-    average([mine[k] for k in floating], [theirs[k] for k in floating], None)
-    for k in mine.keys() - set(floating): mine[k].copy_(theirs[k])
+    average([mine[name] for name in floating], [theirs[name] for name in floating], None)
+    for name in mine.keys() - set(floating):
+        mine[name].copy_(theirs[name])

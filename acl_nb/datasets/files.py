@@ -70,7 +70,7 @@ def _stacked(images):
 
 # %% ../../nbs/15_datasets.files.ipynb #304ccf43
 class Pictures(Dataset):
-    "Images loaded one by one: a child's `_load(i)` gives uint8 [3, H, W] or raises `BadInput`."
+    "Images loaded one by one: a child's method _load(i) gives uint8 [3, H, W] or raises `BadInput`."
     def __init__(self,
         labels,    # int64 [n]
         classes,   # C names

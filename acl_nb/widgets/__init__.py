@@ -9,6 +9,7 @@ __all__ = ['SIDES', 'Explorer', 'pick', 'steps', 'whole', 'side_name', 'BalanceR
            'run_figure', 'views_figure']
 
 # %% ../../nbs/63_widgets.ipynb #558e2559
+import asyncio
 import math
 import os
 import re
@@ -99,9 +100,19 @@ def close(self:Explorer):
     ipywidgets.VBox.close(self)
 
 # %% ../../nbs/63_widgets.ipynb #79bfaea8
+def _running_loop():
+    try: return asyncio.get_running_loop()
+    except RuntimeError: return None       # no notebook
+
+def _fill_soon(figure):
+    "Ask a figure to fill its place, when it is likely to be there."
+    fill, loop = {"autosize": True}, _running_loop()
+    for seconds in (1, 4) if loop else (): loop.call_later(seconds, figure._send_relayout_msg, fill)
+
 @patch
 def _repr_mimebundle_(self:Explorer, **kwargs):
     if "ACL_NB_STILL" in os.environ: return {"text/plain": "An explorer: open this notebook in JupyterLab or Voilà and run the cell."}
+    _fill_soon(self.figure)
     return ipywidgets.VBox._repr_mimebundle_(self, **kwargs)
 
 # %% ../../nbs/63_widgets.ipynb #4ac2c61e
