@@ -1,4 +1,5 @@
 """What people's files are like: an ugly tree that trains and says what it did, names of every kind, little data, recipe files of every editor, data sets that are objects."""
+import io
 import json
 import os
 import subprocess
@@ -203,12 +204,19 @@ def rows(**columns):
     "A list of rows."
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
+def turned():
+    "A photograph of a camera that was turned by a quarter, as `ImageFolder` hands it over."
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    picture(0).save(file, "JPEG", exif=exif)
+    return Image.open(file)
+
 DEEP = np.linspace(0, 65_535, 20).astype(np.uint16).reshape(4, 5)
 KINDS = {
     "I;16": (Image.fromarray(DEEP), Note.DEEP), "P": (picture(0).quantize(9), Note(0)), "1": (picture(0).convert("1"), Note(0)),
     "LA": (Image.new("LA", (5, 4), (0, 0)), Note.TRANSPARENT), "CMYK": (picture(0).convert("CMYK"), Note(0)),
     "array [H, W, 3]": (np.asarray(picture(0)), Note(0)), "array [H, W]": (np.asarray(picture(0).convert("L")), Note(0)),
-    "array of 16 bits": (DEEP, Note.DEEP), "tensor": (torch.zeros(3, 4, 5, dtype=torch.uint8), Note(0)),
+    "turned": (turned(), Note.TURNED), "array of 16 bits": (DEEP, Note.DEEP), "tensor": (torch.zeros(3, 4, 5, dtype=torch.uint8), Note(0)),
 }
 
 @pytest.mark.parametrize("kind", KINDS)

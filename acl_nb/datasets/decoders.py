@@ -93,11 +93,14 @@ def pixels_of(
     picture,                   # a PIL image
     background:str="white",    # put below what is transparent; a colour as pillow names it
 ) -> tuple:                    # (uint8 [3, H, W], its `Note`s)
-    "The eight-bit RGB pixels of a picture, not turned."
+    "The eight-bit RGB pixels of a picture, upright."
+    turn = _turn_of(picture)
+    if turn is not None: picture = picture.transpose(turn)
     picture, deep = _eight_bits(picture)
     picture, transparent = _on_background(picture, colour_of(background))
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return pixels, Note(Note.DEEP * deep | Note.TRANSPARENT * transparent)
+    noted = Note.DEEP * deep | Note.TRANSPARENT * transparent | Note.TURNED * (turn is not None)
+    return pixels, Note(noted)
 
 # %% ../../nbs/08_datasets.decoders.ipynb #c3ffe474
 def _is_deep_file(picture, data, kind):
@@ -108,15 +111,13 @@ def _is_deep_file(picture, data, kind):
 def _by_pillow(data, kind, background):
     "(uint8 [3, H, W], notes)"
     picture = Image.open(BytesIO(data), formats=[kind])
-    turn = _turn_of(picture)
     several = kind != "JPEG" and getattr(picture, "is_animated", False)
     deep = _is_deep_file(picture, data, kind)
     lying = kind == "TIFF" and picture.getexif().get(_ORIENTATION, 1) != 1
     picture.load()
-    if turn is not None: picture = picture.transpose(turn)
     pixels, notes = pixels_of(picture, background)
-    turned = turn is not None or lying
-    return pixels, Note(notes | Note.DEEP * deep | Note.ANIMATED * several | Note.TURNED * turned)
+    more = Note.DEEP * deep | Note.ANIMATED * several | Note.TURNED * lying
+    return pixels, Note(notes | more)
 
 # %% ../../nbs/08_datasets.decoders.ipynb #8b03e9b4
 def _as_tensor(data): return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -188,8 +189,9 @@ def _reason(error):
 # %% ../../nbs/08_datasets.decoders.ipynb #cd015c16
 def _jpeg(data, decoder):
     "(uint8 [3, H, W], notes)"
-    pixels = _loaded(decoder or image_decoder())(data)
-    if b"Exif" not in data[:4096]: return pixels, Note(0)
+    pixels = _loaded(decoder)(data)
+    before_the_pixels = data[:data.find(b"\xff\xda")]
+    if b"Exif" not in before_the_pixels: return pixels, Note(0)
     turn = _turn_of(Image.open(BytesIO(data), formats=["JPEG"]))
     return pixels, Note(Note.TURNED * (turn is not None))
 
@@ -205,8 +207,9 @@ def decode_noting(
     rule = f"{name} must be a readable image: it is"
     require(data, f"{rule} empty")
     require(kind, f"{rule} neither JPEG, PNG, GIF, WebP, BMP nor TIFF")
-    image_decoder()               # a wrong choice is told as such, not as a broken file
-    try: return _jpeg(data, decoder) if kind == "JPEG" else _by_pillow(data, kind, background)
+    chosen = decoder or image_decoder()               # a wrong choice is no broken file
+    require(chosen in available_decoders(), "`decoder` must be one that works here", repr(chosen))
+    try: return _jpeg(data, chosen) if kind == "JPEG" else _by_pillow(data, kind, background)
     except BadInput as e: raise BadInput(f"{name} {e}") from None
     except Exception as e:        # the libraries raise errors of many kinds
         raise BadInput(f"{name} must be a readable image: {_reason(e)}") from None

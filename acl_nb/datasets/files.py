@@ -51,7 +51,7 @@ def read_image(
 
 # %% ../../nbs/15_datasets.files.ipynb #302df948
 def _filled(found):
-    "A batch in which each gap (None) is filled by another item, from the first on in turn."
+    "A batch in which a gap (None) at place k is filled by its readable item k, counted round."
     good = [item for item in found if item is not None]
     return [good[k % len(good)] if item is None else item for k, item in enumerate(found)]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from ..checks import BadInput, require
-from .decoders import Note, pixels_of
+from .decoders import Note, colour_of, pixels_of
 from .files import IMAGENET_MEAN, IMAGENET_STD, Pictures, middle_square
 from .lists import require_same_classes
 from .longtailed import LongTailed, int64_bytes
@@ -29,11 +29,17 @@ def _require_map_style(dataset):
     require(has_both and not stream, rule, type(dataset).__name__)
     require(len(dataset) > 0, "`dataset` must hold at least one item", "none")
 
+def _first_item(dataset, most=20):
+    "The first item that can be had; None where none of the first ones can."
+    for i in range(min(len(dataset), most)):
+        try: return dataset[i]
+        except Exception: continue       # a broken picture; it is told when it is asked for
+
 def _columns_of(dataset):
     "Names of the columns; none where an item is a pair."
     names = getattr(dataset, "column_names", None)
     if names: return list(names)
-    first = dataset[0]
+    first = _first_item(dataset)
     return list(first) if isinstance(first, dict) else []
 
 def _column(columns, kind, asked=None):
@@ -114,6 +120,15 @@ def _pixels(picture, where, background="white"):
     deep = getattr(picture, "dtype", None) == np.uint16
     return pixels, Note(notes | Note.DEEP * deep)
 
+# %% ../../nbs/17_datasets.objects.ipynb #43f29878
+def _read(dataset, at, column, background):
+    "The pixels and notes of an item; whatever goes wrong is told with its position."
+    try: return _pixels(_find_picture(dataset[at], column), f"item {at}", background)
+    except BadInput: raise
+    except Exception as e:        # of the user's code, or of a library that reads files
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise BadInput(f"item {at} must be readable: {reason}") from None
+
 # %% ../../nbs/17_datasets.objects.ipynb #f8203355
 class _Mapped(Pictures):
     "Some items of a map-style data set, as `ImageFiles` has files."
@@ -128,13 +143,13 @@ class _Mapped(Pictures):
         background="white",  # put below what is transparent
     ):
         super().__init__(labels, classes, size, on_error)
+        colour_of(background)      # refuses a wrong one; else every picture would seem broken
         self.dataset, self.ids = dataset, torch.as_tensor(ids)
         self.column, self.background = column, background
 
     def _load(self, i):
         at = self._name(i)
-        picture = _find_picture(self.dataset[at], self.column)
-        pixels, notes = _pixels(picture, f"item {at}", self.background)
+        pixels, notes = _read(self.dataset, at, self.column, self.background)
         self.notes[i] |= notes
         return middle_square(pixels, self.size)
 
@@ -143,7 +158,7 @@ class _Mapped(Pictures):
     @property
     def shape(self):
         known = self.size or self.views
-        return super().shape if known else list(self[0][0].shape)
+        return super().shape if known else list(self.__getitems__([0])[0][0].shape)
 
     @property
     def skipped(self): return self.noted(Note.UNREADABLE)
@@ -197,6 +212,7 @@ def dataset_lt(
     seed:int=0,             # of the cut and of the hold-out
     n_max:float=None,       # images of the largest class; default: those of the smallest class there is
     test=None,              # a data set of the same kind to test on; default: a part of `dataset`
+    test_targets=None,      # its labels or their column; default: found as those of `dataset`
     share:float=0.2,        # of each class, held out when there is no `test`
     size:int=None,          # side of the images in pixels; None: as they are
     on_error:str="raise",   # an item of the training part that is no picture: raise | skip
@@ -212,7 +228,8 @@ def dataset_lt(
         train, test, split = split_off(train, share, seed)
     else:
         column = targets if isinstance(targets, str) else None
-        test, split = _whole(test, column, image, size, "raise", background), "test"
+        its_targets = column if test_targets is None else test_targets
+        test, split = _whole(test, its_targets, image, size, "raise", background), "test"
     require_same_classes(train, test, f"{name}:")
     train = cut_tail(train, imbalance, kind, seed, n_max)
     return LongTailed(name, train, test, train.classes, mean, std, split)

@@ -6,6 +6,8 @@
 __all__ = ['validation_split', 'cut_tail', 'split_off', 'folder_lt', 'imagenet']
 
 # %% ../../nbs/16_datasets.own.ipynb #74e868b7
+from collections import Counter
+
 import torch
 
 from ..checks import require, user_path
@@ -13,7 +15,7 @@ from ..counts import class_counts, long_tail_indices
 from .files import IMAGENET_MEAN, IMAGENET_STD, ImageFiles
 from .lists import require_same_classes
 from .longtailed import LongTailed, hold_out
-from .trees import holds_images, read_folder, subfolders
+from .trees import count_images, holds_images, read_folder, subfolders
 
 # %% ../../nbs/16_datasets.own.ipynb #77fa2e00
 def _share_of_each(labels, share):
@@ -100,6 +102,8 @@ def _one_reading(root, parts, others):
 # %% ../../nbs/16_datasets.own.ipynb #90ba9a7c
 def _part_folder(root, parts, name):
     "The folder of the part to test on: the one of this very name, or of one that means the same."
+    can_be = name not in ("", ".") and _part_named(name) != "train"
+    require(can_be, "`split` must name a part to test on", repr(name))
     if (root/name).is_dir(): return name
     same = parts.get(_part_named(name), [])
     there = [names[0] for part, names in parts.items() if part != "train"]
@@ -116,11 +120,14 @@ def _folder_parts(root, split, share, seed, **how):
     parts = _parts_in(root)
     taken = [name for names in parts.values() for name in names]
     rest = [folder for folder in subfolders(root) if folder.name not in taken] if parts else []
-    _one_reading(root, parts, [folder.name for folder in rest if holds_images(folder)])
+    others = [folder for folder in rest if holds_images(folder)]
+    _one_reading(root, parts, [folder.name for folder in others])
     if not parts: return split_off(ImageFiles(read_folder(root), root, **how), share, seed)
     train = ImageFiles(read_folder(root, parts["train"][0]), root, **how)
     test_files = read_folder(root, _part_folder(root, parts, split))
     test = ImageFiles(test_files, root, **how | {"on_error": "raise"})
+    unused = {f"images in {folder.name}": count_images(folder) for folder in others}
+    train.index.left_out = dict(Counter(train.index.left_out) + Counter(test.index.left_out) + Counter(unused))
     require_same_classes(train, test, f"{root}:")
     return train, test, split
 
