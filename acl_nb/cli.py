@@ -270,7 +270,7 @@ def glyphs_report(
     return "\n".join(lines)
 
 # %% ../nbs/70_cli.ipynb #680ea2ed
-def _glyphs(name, data, base, decode): print(glyphs_report(Path(data)/"glyphs"))
+def _glyphs(name, data, base, decode): print(glyphs_report(user_path(data)/"glyphs"))
 
 # %% ../nbs/70_cli.ipynb #58ae43d6
 ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "glyphs": _glyphs}

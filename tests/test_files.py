@@ -16,6 +16,7 @@ from PIL import Image
 
 from acl_nb import parts
 from acl_nb.checks import BadInput
+from acl_nb.cli import check_data
 from acl_nb.datasets.decoders import Note
 from acl_nb.datasets.objects import dataset_lt
 from acl_nb.datasets.own import folder_lt
@@ -147,6 +148,12 @@ def test_home_is_expanded_wherever_a_path_is_taken(tmp_path, monkeypatch):
     done = train(["--recipe=~/mine.json", "--out=$HOME/runs/a", "--workers=0"], tmp_path, HOME=str(home))
     assert done.returncode == 0, done.stderr
     assert Run(home/"runs/a").finished and [p.name for p in tmp_path.iterdir()] == ["home"]
+
+def test_home_is_expanded_where_files_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for c in range(2): saved(tmp_path/f"pictures/c{c}/1.png", picture(c)), saved(tmp_path/f"pictures/c{c}/2.png", picture(c + 2))
+    lines = list(check_data("folder_lt", "~/pictures", decode=True))
+    assert any("2 classes" in line for line in lines)
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_recipe_file_of_any_editor(tmp_path, encoding):

@@ -166,7 +166,7 @@ class ImageFiles(Pictures):
         background:str="white",  # put below what is transparent
     ):
         super().__init__(index.labels, index.classes, size, on_error)
-        self.index, self.root, self.background = index, Path(root), background
+        self.index, self.root, self.background = index, user_path(root), background
         colour_of(background)
         image_decoder()  # refuses a wrong ACL_NB_DECODER; later every file would seem broken
 
@@ -222,6 +222,7 @@ def check_files(
 ) -> int:               # files found
     "Every file of a list exists and, with `decode`, is readable; else an error names the first 20."
     if decode: image_decoder()  # refuses a wrong ACL_NB_DECODER; else every file would seem broken
+    root = user_path(root)
 
     def _is_good(name):
         path = os.path.join(root, name)

@@ -13,14 +13,13 @@ import os
 import zipfile
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 from PIL import features
 
-from ..checks import require
+from ..checks import require, user_path
 from ..counts import long_tail_indices
 from .fonts import BASELINE, DEBIAN_FONTS, FONT_FOLDERS, SIDE, SIZE, Faces
 from .fonts import family_word, find_fonts, glyph_classes, render_face, usable_faces
@@ -93,7 +92,7 @@ def cached_faces(
     folders=None,  # where the fonts are, see `find_fonts`
 ) -> Faces:        # the usable ones
     "The usable faces of this machine: from the cache, or rendered and put there."
-    fonts, path = find_fonts(folders), Path(folder)/"glyphs.npz"
+    fonts, path = find_fonts(folders), user_path(folder)/"glyphs.npz"
     faces = _load(path, _origin(fonts))
     if faces is None:
         faces = usable_faces(fonts)

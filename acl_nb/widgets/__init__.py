@@ -107,7 +107,8 @@ def _running_loop():
 def _fill_soon(figure):
     "Ask a figure to fill its place, when it is likely to be there."
     fill, loop = {"autosize": True}, _running_loop()
-    for seconds in (1, 4) if loop else (): loop.call_later(seconds, figure._send_relayout_msg, fill)
+    voila = "voila" in os.environ.get("SERVER_SOFTWARE", "")       # shows a page when its places are there
+    for seconds in (1, 4) if loop and not voila else (): loop.call_later(seconds, figure._send_relayout_msg, fill)
 
 @patch
 def _repr_mimebundle_(self:Explorer, **kwargs):
