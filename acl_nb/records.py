@@ -198,15 +198,12 @@ def images_line(
     data:dict,     # of its env.json
 ) -> str:          # empty where there is nothing to tell
     "What became of the images of a run, in one line."
-    met = summary.get("images", {})
-    told = [f"{n:,} {_DONE[note]}" for note, n in sorted(met.items(), key=lambda item: -_order(item[0]))]
-    if summary.get("skipped"): told[0] += f" ({_some(summary['skipped'], met['unreadable'])})"
+    met, skipped = summary.get("images", {}), summary.get("skipped", [])
+    told = [f"{met[note]:,} {done}" for note, done in _DONE.items() if note in met]
+    if skipped: told[0] += f" ({', '.join(map(str, skipped[:3]))}{', …' if met['unreadable'] > 3 else ''})"
     others = [f"{n:,} {ending}" for ending, n in data.get("left_out", {}).items()]
     if others: told.append(f"left out, as no images: {', '.join(others)}")
     return "training images: " + "; ".join(told) if told else ""
-
-def _order(note): return note == "unreadable"
-def _some(names, n, most=3): return ", ".join(map(str, names[:most])) + (", …" if n > most else "")
 
 # %% ../nbs/52_records.ipynb #2fb1fe2e
 def _table(values):

@@ -149,6 +149,21 @@ def test_a_photograph_comes_upright(forced, orientation, tmp_path):
     jpeg = read_image(saved(tmp_path/"a.jpg", image, exif=exif, quality=100, subsampling=0))
     assert jpeg.shape == UPRIGHT.shape and (jpeg.int() - UPRIGHT.int()).abs().max() <= 4
 
+def test_a_turn_is_noted_wherever_the_exif_block_stands(forced):
+    image, exif = stored(6)
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif, quality=100, subsampling=0)
+    comment = b"\xff\xfe" + struct.pack(">H", 60_002) + bytes(60_000)               # a long comment before the block
+    for data in (file.getvalue(), file.getvalue()[:2] + comment + file.getvalue()[2:]):
+        pixels, notes = decoders.decode_noting(data)
+        assert pixels.shape == UPRIGHT.shape and notes == decoders.Note.TURNED
+
+def test_a_wrong_decoder_is_told_and_no_file_is_blamed():
+    file = io.BytesIO()
+    PHOTO.save(file, "JPEG")
+    with pytest.raises(BadInput, match="`decoder` must be one that works here; got 'pilow'"):
+        decoders.decode(file.getvalue(), "photo.jpg", "pilow")
+
 def test_a_damaged_exif_block_turns_nothing(forced, tmp_path):
     for name in ("a.png", "a.webp"):
         assert torch.equal(read_image(saved(tmp_path/name, PHOTO, exif=b"Exif\0\0nonsense", lossless=True)), UPRIGHT)
