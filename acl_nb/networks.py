@@ -82,9 +82,16 @@ def forward(self:Network, images): # [B, V, channels, H, W] -> Output
 
 # %% ../nbs/43_networks.ipynb #eb8e50ac
 @patch
+def features(self:Network, images): # [N, channels, H, W] -> [N, d], in the heads' precision
+    "What the encoder makes of each image; under autocast it alone computes in half precision."
+    return self.encoder(images).to(self.classifier.weight.dtype)
+
+@patch
 def embed(self:Network, images): # [B, channels, H, W] -> [B, D], unit length
     "Embedding of each image."
-    return self.head(self.encoder(images))
+    features = self.features(images)
+    with torch.autocast(images.device.type, enabled=False):
+        return self.head(features)
 
 @patch
 def by_centers(self:Network,
@@ -92,15 +99,25 @@ def by_centers(self:Network,
     centers:torch.Tensor,  # [C, D] unit length
 ):                         # [B, C] logits
     "Scaled cosines between embeddings and centres."
-    return self.settings["scale"] * z @ centers.T
+    with torch.autocast(z.device.type, enabled=False):
+        return self.settings["scale"] * z @ centers.T
+
+# %% ../nbs/43_networks.ipynb #61b510a0
+@patch
+def class_centers(self:Network): # [C, D], unit length
+    "Learnt centres, or class means where none are learnt."
+    if self.centers is None: return self.means
+    with torch.autocast(self.classifier.weight.device.type, enabled=False):
+        return self.centers(self.classifier.weight)
 
 @patch
 def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
     "Logits of each image, by classifier or by nearest centre."
-    if self.settings["readout"] == "classifier":
-        return self.classifier(self.encoder(images))
-    centers = self.means if self.centers is None else self.centers(self.classifier.weight)
-    return self.by_centers(self.embed(images), centers)
+    if self.settings["readout"] == "centers":
+        return self.by_centers(self.embed(images), self.class_centers())
+    features = self.features(images)
+    with torch.autocast(images.device.type, enabled=False):
+        return self.classifier(features)
 
 # %% ../nbs/43_networks.ipynb #098ebd1c
 @patch
@@ -109,7 +126,13 @@ def set_means(self:Network,
     labels:torch.Tensor,  # [n] their classes
 ):
     "Take each class's mean embedding, at unit length, as its centre."
-    sums = torch.zeros_like(self.means).index_add_(0, labels, z.to(self.means))
+    self.set_sums(torch.zeros_like(self.means).index_add_(0, labels, z.to(self.means)))
+
+@patch
+def set_sums(self:Network,
+    sums:torch.Tensor,  # [C, D] of each class's embeddings: large sets are summed batch by batch
+):
+    "The same, from sums: a mean at unit length is the sum at unit length."
     self.means.copy_(F.normalize(sums, dim=-1))
 
 # %% ../nbs/43_networks.ipynb #44b59726
