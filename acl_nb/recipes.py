@@ -18,34 +18,62 @@ from .settings import Recipe
 
 # %% ../nbs/51_recipes.ipynb #d36e8dec
 _SMALL = dict(encoder="resnet8", dim=64, lr=0.1, weight=0.3)
-_CIFAR = dict(policy="cifar_regular+cifar_sim", views=3, imbalance=100, encoder="resnet32", dim=128, hidden=512, batch_size=256, lr=0.3,
-              weight_decay=2e-4, schedule="steps", warmup=0.025, weight=0.3)
+
 RECIPES = {
-    "digits_lt":       dict(_SMALL, dataset="digits_lt", policy="digits", views=3, imbalance=20, epochs=60, batch_size=64),
-    "fashion_lt":      dict(_SMALL, dataset="fashion_lt", policy="fashion", views=3, imbalance=100, epochs=30, batch_size=128),
-    "glyphs_lt":       dict(_SMALL, dataset="glyphs_lt", policy="glyphs", views=2, imbalance=100, epochs=40, batch_size=128),
-    "cifar10_lt":      dict(_CIFAR, dataset="cifar10_lt", epochs=200),
-    "cifar10_lt_400":  dict(_CIFAR, dataset="cifar10_lt", epochs=400),
-    "cifar100_lt":     dict(_CIFAR, dataset="cifar100_lt", epochs=200),
+    "digits_lt": dict(_SMALL, dataset="digits_lt", imbalance=20, policy="digits", views=3,
+                      epochs=60, batch_size=64),
+    "fashion_lt": dict(_SMALL, dataset="fashion_lt", imbalance=100, policy="fashion", views=3,
+                       epochs=30, batch_size=128),
+    "glyphs_lt": dict(_SMALL, dataset="glyphs_lt", imbalance=100, policy="glyphs", views=2,
+                      epochs=40, batch_size=128),
+}
+
+# %% ../nbs/51_recipes.ipynb #51a00002
+_CIFAR = dict(imbalance=100, policy="cifar_regular+cifar_sim", views=3,
+              encoder="resnet32", dim=128, hidden=512, weight=0.3,
+              batch_size=256, lr=0.3, weight_decay=2e-4,
+              schedule="steps", warmup=0.025, test_every=10)
+
+RECIPES |= {
+    "cifar10_lt": dict(_CIFAR, dataset="cifar10_lt", epochs=200),
+    "cifar10_lt_400": dict(_CIFAR, dataset="cifar10_lt", epochs=400),
+    "cifar100_lt": dict(_CIFAR, dataset="cifar100_lt", epochs=200),
     "cifar100_lt_400": dict(_CIFAR, dataset="cifar100_lt", epochs=400),
 }
 
 # %% ../nbs/51_recipes.ipynb #79cff223
-_FILES = dict(imbalance="as_is", policy="imagenet_rand+imagenet_sim", schedule="cosine")
-_BCL  = dict(_FILES, views=3, dim=1024, hidden=2048, classifier="cosine", scale=30, temperature=0.07, weight=0.35, batch_size=256, lr=0.1, weight_decay=5e-4, warmup=0)
-_PACO = dict(_FILES, views=2, dim=128, hidden=2048, temperature=0.2, weight=0.35, batch_size=128, lr=0.02, weight_decay=5e-4, warmup=0.025, epochs=400)
-_IN, _INAT = dict(dataset="imagenet_lt", classes=1000), dict(dataset="inaturalist18", classes=8142)
+_FILES = dict(imbalance="as_is", policy="imagenet_rand+imagenet_sim",
+              schedule="cosine", weight=0.35, hidden=2048)
+_BCL = dict(_FILES, views=3, dim=1024, classifier="cosine", scale=30, temperature=0.07,
+            batch_size=256, lr=0.1, weight_decay=5e-4, warmup=0)
+_PACO = dict(_FILES, views=2, dim=128, temperature=0.2,
+             batch_size=128, lr=0.02, weight_decay=5e-4, warmup=0.025, epochs=400)
 
 # %% ../nbs/51_recipes.ipynb #6cf13bdd
-for net in ("resnet50", "resnext50_32x4d"):
-    RECIPES |= {f"imagenet_lt_{net}_{epochs}": dict(_BCL, **_IN, encoder=net, epochs=epochs) for epochs in (90, 180)}
-    RECIPES[f"imagenet_lt_{net}_400"] = dict(_PACO, **_IN, encoder=net)
+_IMAGENET_LT = dict(dataset="imagenet_lt", classes=1000, test_every=5)
+_BCL_IMAGENET = dict(_BCL, **_IMAGENET_LT)
+_PACO_IMAGENET = dict(_PACO, **_IMAGENET_LT)
+
 RECIPES |= {
-    "places_lt_resnet152":        dict(_PACO, dataset="places_lt", classes=365, split="test", encoder="resnet152", pretrained=True, freeze=True,
-                                       policy="imagenet_sim", epochs=30, warmup=5/30),
-    "inaturalist18_resnet50_100": dict(_BCL, **_INAT, encoder="resnet50", epochs=100, lr=0.2, weight_decay=1e-4),
-    "inaturalist18_resnet50_400": dict(_PACO, **_INAT, encoder="resnet50", weight_decay=1e-4),
-    "imagenet_resnet50":          dict(_PACO, dataset="imagenet", classes=1000, encoder="resnet50", loss="paco"),
+    "imagenet_lt_resnet50_90": dict(_BCL_IMAGENET, encoder="resnet50", epochs=90),
+    "imagenet_lt_resnet50_180": dict(_BCL_IMAGENET, encoder="resnet50", epochs=180),
+    "imagenet_lt_resnet50_400": dict(_PACO_IMAGENET, encoder="resnet50"),
+    "imagenet_lt_resnext50_32x4d_90": dict(_BCL_IMAGENET, encoder="resnext50_32x4d", epochs=90),
+    "imagenet_lt_resnext50_32x4d_180": dict(_BCL_IMAGENET, encoder="resnext50_32x4d", epochs=180),
+    "imagenet_lt_resnext50_32x4d_400": dict(_PACO_IMAGENET, encoder="resnext50_32x4d"),
+}
+
+# %% ../nbs/51_recipes.ipynb #51a00006
+_INAT = dict(dataset="inaturalist18", classes=8142, encoder="resnet50", test_every=5)
+
+RECIPES |= {
+    "places_lt_resnet152": dict(
+        _PACO, dataset="places_lt", classes=365, split="test", policy="imagenet_sim",
+        encoder="resnet152", pretrained=True, freeze=True, epochs=30, warmup=5/30, test_every=10),
+    "inaturalist18_resnet50_100": dict(_BCL | _INAT, epochs=100, lr=0.2, weight_decay=1e-4),
+    "inaturalist18_resnet50_400": dict(_PACO | _INAT, weight_decay=1e-4),
+    "imagenet_resnet50": dict(_PACO, dataset="imagenet", classes=1000, encoder="resnet50",
+                              loss="paco"),
 }
 
 # %% ../nbs/51_recipes.ipynb #b83eba82
@@ -54,80 +82,127 @@ LOSS_SETTINGS = {name: traits.usual for name, traits in TRAITS.items()}
 # %% ../nbs/51_recipes.ipynb #1cd344ea
 _PACO_CIFAR = dict(views=2, temperature=0.05, alpha=0.01, queue=1024, dim=32)
 _PACO_LARGE = dict(views=2, temperature=0.2, alpha=0.05, queue=8192, dim=128, classifier="linear")
+_GPACO_IMAGENET_LT = dict(_PACO_LARGE, alpha=0.045, policy="imagenet_rand+imagenet_sim_rand")
+
 DATA_LOSS_SETTINGS = {
-    **{(data, loss): _PACO_CIFAR for data in ("cifar10_lt", "cifar100_lt") for loss in ("paco", "gpaco")},
-    **{(data, loss): _PACO_LARGE for data in ("imagenet_lt", "inaturalist18", "imagenet", "places_lt") for loss in ("paco", "gpaco")},
-    ("imagenet_lt", "gpaco"): dict(_PACO_LARGE, alpha=0.045, policy="imagenet_rand+imagenet_sim_rand"),
+    ("cifar10_lt", "paco"): _PACO_CIFAR,
+    ("cifar10_lt", "gpaco"): _PACO_CIFAR,
+    ("cifar100_lt", "paco"): _PACO_CIFAR,
+    ("cifar100_lt", "gpaco"): _PACO_CIFAR,
+    ("imagenet_lt", "paco"): _PACO_LARGE,
+    ("imagenet_lt", "gpaco"): _GPACO_IMAGENET_LT,
+    ("inaturalist18", "paco"): _PACO_LARGE,
+    ("inaturalist18", "gpaco"): _PACO_LARGE,
+    ("imagenet", "paco"): _PACO_LARGE,
+    ("imagenet", "gpaco"): _PACO_LARGE,
+    ("places_lt", "paco"): _PACO_LARGE,
     ("places_lt", "gpaco"): dict(_PACO_LARGE, alpha=0.02),
 }
 
 # %% ../nbs/51_recipes.ipynb #e7e6ddf6
-_OF_LOSSES = {k for traits in TRAITS.values() for k in traits.reads} & {f.name for f in fields(Recipe)} - {"scale"}
+_READ_BY_LOSSES = set().union(*(traits.reads for traits in TRAITS.values()))
+_OF_LOSSES = _READ_BY_LOSSES & {f.name for f in fields(Recipe)} - {"scale"}
 _OF_DATA = {"kind", "subset_seed"}       # the other settings of data have rules of their own
 
+def _unread(r):
+    "Fields that the loss or the data set of a recipe does not read."
+    of_loss = _OF_LOSSES - loss_traits(r.loss).reads
+    of_data = _OF_DATA - {*facts_of(r.dataset).reads}
+    return of_loss | of_data
+
+def _readers(field):
+    "The losses that read a field, or else the data sets."
+    losses = losses_that(lambda traits: field in traits.reads)
+    return losses or [name for name, facts in FACTS.items() if field in facts.reads]
+
+# %% ../nbs/51_recipes.ipynb #51a00026
 def _check_read(made, given, usual):
-    "What is given and changes a setting must be read by loss and data: a record would say that it mattered."
-    unread = _OF_LOSSES - loss_traits(made.loss).reads | _OF_DATA - {*facts_of(made.dataset).reads}
-    for field in [field for field in given if field in unread]:
-        readers = losses_that(lambda t: field in t.reads) or [k for k, facts in FACTS.items() if field in facts.reads]
-        reader = made.loss if field in _OF_LOSSES else made.dataset
+    "What is given and changes a setting must be read: a record would say that it mattered."
+    unread = _unread(made)
+    for field in given:
+        if field not in unread:
+            continue
         same = getattr(made, field) == usual.get(field, getattr(Recipe, field))
-        require(same, f"`{field}` must not be set: {reader} does not read it ({', '.join(readers)} would)", given[field])
+        name = made.loss if field in _OF_LOSSES else made.dataset
+        hint = f"{name} does not read it ({', '.join(_readers(field))} would)"
+        require(same, f"`{field}` must not be set: {hint}", given[field])
 
 # %% ../nbs/51_recipes.ipynb #38f07e93
+def _check_fields(settings):
+    known = {f.name: f for f in fields(Recipe)}
+    for field in settings:
+        choose(field, known, "field")
+
+def _usual(name, overrides):
+    "The settings of a recipe for the loss and the data that the user wants, before any other wish."
+    settings = RECIPES[name]
+    asked = settings | overrides
+    loss, data = str(asked.get("loss", Recipe.loss)), str(asked.get("dataset", Recipe.dataset))
+    of_loss, of_both = LOSS_SETTINGS.get(loss, {}), DATA_LOSS_SETTINGS.get((data, loss), {})
+    return {"name": name, **of_loss, **settings, **of_both}
+
 def recipe(
     name:str,     # a key of `RECIPES`
     /,
     **overrides,  # fields of `Recipe` to change
 ) -> Recipe:      # checked and complete
-    "A recipe by name, with fields changed; an unknown name or field is answered with the nearest ones."
-    settings = choose(name, RECIPES, "recipe")
+    "A recipe by name, with fields changed; an unknown name is answered with the nearest ones."
+    choose(name, RECIPES, "recipe")
     require("name" not in overrides, "`name` is the recipe's own and can't be set")
     _check_fields(overrides)
-    loss, data = ({**settings, **overrides}.get(k, getattr(Recipe, k)) for k in ("loss", "dataset"))
-    of_loss = LOSS_SETTINGS.get(loss, {}) if isinstance(loss, str) else {}
-    usual = {"name": name, **of_loss, **settings, **DATA_LOSS_SETTINGS.get((str(data), str(loss)), {})}
+    usual = _usual(name, overrides)
     made = Recipe(**usual | overrides)
     _check_read(made, overrides, usual)
     return made
 
-def _check_fields(settings):
-    known = {f.name: f for f in fields(Recipe)}
-    for field in settings: choose(field, known, "field")
-
 # %% ../nbs/51_recipes.ipynb #6ca7270b
-_COLUMNS = ("classes", "imbalance", "encoder", "views", "policy", "epochs", "batch_size", "lr", "loss")
+_COLUMNS = ("classes", "imbalance", "encoder", "views", "policy",
+            "epochs", "batch_size", "lr", "loss")
 
-def recipe_rows() -> list: # one list of texts a recipe, after a head
+def _shown(value):
+    if value is None:
+        return "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+def recipe_rows() -> list:    # one list of texts per recipe, after a head
     "What distinguishes the recipes, as a table."
     rows = [["recipe", "data", *_COLUMNS]]
     for name in RECIPES:
         r = recipe(name)
-        rows.append([name, r.dataset, *("–" if getattr(r, k) is None else f"{getattr(r, k):g}" if isinstance(getattr(r, k), float) else str(getattr(r, k)) for k in _COLUMNS)])
+        rows.append([name, r.dataset, *(_shown(getattr(r, column)) for column in _COLUMNS)])
     return rows
 
 # %% ../nbs/51_recipes.ipynb #b107d983
+def _made_from(settings, overrides):
+    "The recipe of a file's fields, all of which must be known and read."
+    _check_fields({**settings, **overrides})
+    made = Recipe(**settings | overrides)
+    _check_read(made, overrides, settings)
+    written_by_hand = len(settings) < len(fields(Recipe))
+    if written_by_hand:                                    # what it says is meant
+        _check_read(made, settings, {})
+    return made
+
 def recipe_from(
     settings:dict,  # field -> value
     source:str,     # where they come from, for the messages
     **overrides,    # fields to change
 ) -> Recipe:        # checked and complete
     "A recipe from the fields of a file."
-    require(isinstance(settings, dict), f"{source} must hold one JSON object, a field of the recipe an entry", type(settings).__name__)
+    rule = f"{source} must hold one JSON object, a field of the recipe an entry"
+    require(isinstance(settings, dict), rule, type(settings).__name__)
     require("name" not in overrides, "`name` is the recipe's own and can't be set")
     require("dataset" in settings, f"{source}: `dataset` must be given, the name of a data set")
     try:
-        _check_fields({**settings, **overrides})
-        made = Recipe(**settings | overrides)
-        _check_read(made, overrides, settings)
-        if len(settings) < len(fields(Recipe)): _check_read(made, settings, {})     # written by hand: what it says is meant
-        return made
-    except BadInput as e: raise BadInput(f"{source}: {e}") from None
+        return _made_from(settings, overrides)
+    except BadInput as e:
+        raise BadInput(f"{source}: {e}") from None
 
 # %% ../nbs/51_recipes.ipynb #8f2faa63
 def _once(pairs):
     "The object of a JSON text; a field must not be there twice."
-    twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
+    times = Counter(field for field, _ in pairs)
+    twice = [field for field, n in times.items() if n > 1]
     require(not twice, "a field must be given once", ", ".join(twice))
     return dict(pairs)
 
@@ -141,9 +216,13 @@ def read_json(
     path,  # of a JSON file
 ):         # what it holds
     "Read JSON; what can't be read is one sentence."
-    try: return json.loads(_text(user_path(path).read_bytes()), object_pairs_hook=_once)
-    except BadInput as e: raise BadInput(f"{path}: {e}") from None
-    except (OSError, ValueError, RecursionError) as e: raise BadInput(f"{path} must be a readable JSON file: {' '.join(str(e).split())}") from None
+    try:
+        return json.loads(_text(user_path(path).read_bytes()), object_pairs_hook=_once)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        reason = " ".join(str(e).split())
+        raise BadInput(f"{path} must be a readable JSON file: {reason}") from None
 
 def read_recipe(
     path,         # of a JSON file
