@@ -106,9 +106,10 @@ def class_balanced_weights(
     "Inverse effective number of images of each class (Cui et al. 2019)."
     require(0 <= beta < 1, "`beta` must lie in [0, 1)", beta)
     log_prior(class_counts)    # refuses a class without an image
-    n = torch.as_tensor(class_counts).double()
+    counts = torch.as_tensor(class_counts)
+    n = counts.cpu().double()     # not every device has float64
     w = 1 / -torch.expm1(n * torch.log(torch.tensor(beta, dtype=torch.float64)))
-    return (w / w.mean()).float()
+    return (w / w.mean()).float().to(counts.device)
 
 # %% ../../nbs/36_losses.logits.ipynb #2de37a47
 def class_balanced_loss(

@@ -69,13 +69,14 @@ def _join(q, keys, logits, class_counts, temperature):
     itself = torch.eye(*sim.shape, dtype=torch.bool, device=q.device)
     return torch.cat([adjusted, sim], 1), itself
 
-def _targets(labels, key_labels, itself, C, alpha, beta, smooth):
-    "[A, C + K] weight of each class and each key in the target, float64."
-    own_class = F.one_hot(labels.long(), C).double()
-    of_each_other = smooth / max(C - 1, 1)
-    center = (1 - smooth) * own_class + of_each_other * (1 - own_class)
+def _targets(labels, key_labels, itself, C, alpha, beta, smooth, dtype=torch.float64):
+    "[A, C + K] weight of each class and each key in the target."
+    own_class = F.one_hot(labels.long(), C).to(dtype)
+    of_own = beta * (1 - smooth)
+    of_each_other = beta * (smooth / max(C - 1, 1))
+    center = of_own * own_class + of_each_other * (1 - own_class)
     positive = (labels[:, None] == key_labels) & ~itself
-    return torch.cat([beta * center, alpha * positive.double()], 1)
+    return torch.cat([center, alpha * positive.to(dtype)], 1)
 
 # %% ../../nbs/35_losses.paco.ipynb #dd5b0a10
 def paco_loss(
@@ -96,7 +97,7 @@ def paco_loss(
     _check_settings(class_counts, alpha, beta, gamma, temperature, smooth)
     _check_batch(q, keys, labels, key_labels, logits, C)
     joined, itself = _join(q, keys, logits, class_counts, temperature)
-    weight = _targets(labels, key_labels, itself, C, alpha, beta, smooth).to(joined)
+    weight = _targets(labels, key_labels, itself, C, alpha, beta, smooth, joined.dtype)
     of_keys = joined.new_full(itself.shape, log(gamma)).masked_fill(itself, -torch.inf)
     log_factor = F.pad(of_keys, (C, 0))                    # 0 for the logits
     return _soft_cross_entropy(joined, weight, log_factor).mean()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
+from .draws import with_float64
 from .ops import in_blocks, on_some
 
 # %% ../../nbs/22_views.crops.ipynb #3dc7de2c
@@ -91,7 +92,7 @@ def crop_boxes(
     ratio:tuple=(3/4, 4/3),   # smallest and largest width / height
 ) -> torch.Tensor:        # float64 [B, 4] whole numbers: top, left, height, width
     "A random box for each image."
-    u = draw(CROP_DRAWS).double()
+    u = with_float64(draw(CROP_DRAWS)).double()
     height = torch.full_like(u[:, :1], H)                               # [B, 1]
     width = torch.full_like(u[:, :1], W)
     h, w = _tries(u[:, :20], height, width, scale, ratio)               # [B, 10]
@@ -119,18 +120,47 @@ def _weights(start, size, n_in, n_out):
     return minus.mul_(2**16 / total).round_().mul_(2**-16)
 
 # %% ../../nbs/22_views.crops.ipynb #4adf2283
+_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+def _legacy_precision():
+    "By torch's older switch; None where it refuses to say, since the user has set the newer ones."
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+def _set_precision(products, value):
+    "Back to a value; to the general setting, if that says the same."
+    products.fp32_precision = "none"
+    if products.fp32_precision != value:
+        products.fp32_precision = value
+
+@contextmanager
+def _full_float32():
+    "No TF32 or bfloat16 in the products within; afterwards the user's settings again."
+    before = [products.fp32_precision for products in _PRODUCTS]
+    if not {"tf32", "bf16"} & set(before):
+        yield
+        return
+    legacy = _legacy_precision()
+    if legacy not in (None, "highest"):
+        torch.set_float32_matmul_precision("highest")       # a product asks both, and refuses a difference
+    for products in _PRODUCTS:
+        products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if legacy not in (None, "highest"):
+            torch.set_float32_matmul_precision(legacy)
+        for products, value in zip(_PRODUCTS, before):
+            _set_precision(products, value)
+
+# %% ../../nbs/22_views.crops.ipynb #bed00878
 @contextmanager
 def _exact_products(device):
-    "No autocast and no TF32 within."
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+    "No autocast and no coarse float32 within."
+    with _full_float32(), torch.autocast(device.type, enabled=False):
+        yield
 
 # %% ../../nbs/22_views.crops.ipynb #026c2dc9
 def _resample(images, columns, rows):
@@ -138,6 +168,7 @@ def _resample(images, columns, rows):
     n, C, H, W = images.shape
     w = columns.shape[2]
     h = rows.shape[2]
+    columns, rows = columns.to(images.device), rows.to(images.device)
     half = torch.full((), 0.5, device=images.device, dtype=torch.float32)
     with _exact_products(images.device):
         x = torch.baddbmm(half, images.reshape(n, C*H, W).float().sub_(128), columns).floor_()
@@ -157,7 +188,7 @@ def crop_batch(
         top, left, h, w = box.float().unbind(1)
         return _resample(x, _weights(left, w, W, size), _weights(top, h, H, size))
 
-    return in_blocks(_cut, images, boxes)
+    return in_blocks(_cut, images, with_float64(boxes))
 
 # %% ../../nbs/22_views.crops.ipynb #176f7952
 def crop_image(
@@ -213,6 +244,6 @@ def random_blur(
         H, W = x.shape[2:]
         return _resample(x, _gaussian(widths, W, radius), _gaussian(widths, H, radius))
 
-    u = draw(2).double()
+    u = with_float64(draw(2)).double()
     widths = narrowest + (widest - narrowest) * u[:, 1]
-    return on_some(_blurred, images, u[:, 0] < p, widths)
+    return on_some(_blurred, images, (u[:, 0] < p).to(images.device), widths)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import choose, require
+from .draws import brought_to, with_float64
 
 # %% ../../nbs/21_views.ops.ipynb #9e2ede41
 def _each(values):
@@ -105,10 +106,11 @@ def solarize(
 def _look_up(images, tables):
     "Each value's entry in the table of its image and channel; `tables` uint8 [n·C, 256]."
     n, C, H, W = images.shape
+    tables = tables.to(images.device)
     return tables.gather(1, images.reshape(n*C, H*W).long()).view(n, C, H, W)
 
-def _levels(images):
-    return torch.arange(256, device=images.device)
+def _levels(device):
+    return torch.arange(256, device=device)
 
 # %% ../../nbs/21_views.ops.ipynb #4b9ee55c
 def autocontrast(
@@ -117,11 +119,12 @@ def autocontrast(
 ) -> torch.Tensor:                # uint8 [n, C, H, W]
     "Stretch every channel to 0..255; a channel of one value stays."
     flat = images.flatten(2).flatten(0, 1)                              # [n·C, H·W]
-    low = flat.amin(1).double()[:, None]                                # [n·C, 1]
-    high = flat.amax(1).double()[:, None]
+    low = with_float64(flat.amin(1)).double()[:, None]                  # [n·C, 1]
+    high = with_float64(flat.amax(1)).double()[:, None]
+    levels = _levels(low.device)
     scale = torch.full_like(low, 255) / (high - low).clamp_min(1)
-    stretched = (_levels(images) * scale - low * scale).clamp_(0, 255)
-    table = torch.where(high > low, stretched, _levels(images))
+    stretched = (levels * scale - low * scale).clamp_(0, 255)
+    table = torch.where(high > low, stretched, levels)
     return _look_up(images, table.to(torch.uint8))
 
 # %% ../../nbs/21_views.ops.ipynb #d9927a67
@@ -132,13 +135,14 @@ def equalize(
     "Make the grey levels of every channel about equally frequent."
     rows = images.flatten(2).flatten(0, 1)                              # [n·C, H·W]
     offset = 256 * torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None]
-    count = torch.bincount((rows.int() + offset).view(-1), minlength=256 * len(rows)).view(-1, 256)
+    count = torch.bincount((rows.int() + offset).view(-1), minlength=256 * len(rows))
+    count = with_float64(count).view(-1, 256)
     # PIL's step: the pixels below the largest value that occurs, over 255
     highest = 255 - (count > 0).flip(1).to(torch.uint8).argmax(1, keepdim=True)
     step = (rows.shape[1] - count.gather(1, highest)) // 255
     below = count.cumsum(1) - count
     table = ((step // 2 + below) / step.clamp_min(1).double()).floor_().clamp_(0, 255)
-    return _look_up(images, torch.where(step > 0, table, _levels(images)).to(torch.uint8))
+    return _look_up(images, torch.where(step > 0, table, _levels(table.device)).to(torch.uint8))
 
 # %% ../../nbs/21_views.ops.ipynb #2d793bac
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
@@ -146,8 +150,10 @@ GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 def _matrices(kind, magnitude, H, W):
     "[6, n] rows a b c d e f; `kind` [n] is a position in GEOMETRIC."
     # in float64: cosines then agree to the last bit of float32 everywhere
+    magnitude = with_float64(magnitude).double()
+    kind = kind.to(magnitude.device)
     is_kind = torch.arange(5, device=kind.device)[:, None] == kind      # [5, n]
-    shear_x, shear_y, right, down, turn = is_kind * magnitude.double()
+    shear_x, shear_y, right, down, turn = is_kind * magnitude
     angle = turn.mul_(-torch.pi / 180)
     cos = angle.cos()
     sin = angle.sin()
@@ -174,7 +180,8 @@ def geometric(
     kind:torch.Tensor,       # [n], 0 shear x | 1 shear y | 2 translate x | 3 translate y | 4 rotate
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Shear, move or turn each image, by nearest neighbour; grey (128) where nothing was."
-    return _warp(images, _matrices(kind, magnitude, *images.shape[2:]))
+    matrices = _matrices(kind, magnitude, *images.shape[2:])
+    return _warp(images, matrices.to(images.device))
 
 # %% ../../nbs/21_views.ops.ipynb #9b3c6c22
 def _hue_and_range(f):
@@ -263,7 +270,8 @@ def on_some(
     ids = chosen.nonzero()[:, 0]
     if len(ids) == 0:
         return images
-    done = in_blocks(operation, *(t.index_select(0, ids) for t in (images, *others)))
+    taken = [t.index_select(0, ids.to(t.device)) for t in (images, *others)]
+    done = in_blocks(operation, *taken)
     return replaced(images, ids, done)
 
 # %% ../../nbs/21_views.ops.ipynb #5c5fabb3
@@ -285,6 +293,7 @@ def apply_operations(
     magnitude:torch.Tensor,  # [n], as the operation wants it
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Apply to each image an operation of its own."
+    codes, magnitude = (brought_to(images.device, t) for t in (codes, magnitude))
     group = _group_of(codes)
     order = group.argsort()
     sizes = torch.bincount(group, minlength=len(_GROUPS)).tolist()

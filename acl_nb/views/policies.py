@@ -15,6 +15,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment
 
 from ..checks import require
 from .crops import random_blur, random_erase, random_flip, random_shift
+from .draws import with_float64
 from .ops import CODES, apply_operations, grey, on_some
 
 # %% ../../nbs/23_views.policies.ipynb #88f2ca27
@@ -76,7 +77,7 @@ def _pairs(H, W):
 # %% ../../nbs/23_views.policies.ipynb #c43d06e8
 def _auto(draw, H, W):
     "Codes and magnitudes [B, 2]."
-    u = draw(5)
+    u = with_float64(draw(5))
     pair = (u[:, 0] * 25).long()
     code, p, magnitude, signed = (t.to(u.device)[pair] for t in _pairs(H, W))       # each [B, 2]
     happens = u[:, 1:3] < p
@@ -107,7 +108,7 @@ def _space(H, W, m, bins):
 # %% ../../nbs/23_views.policies.ipynb #f1db4b13
 def _rand(draw, H, W, n, m, bins):
     "Codes and magnitudes [B, n]."
-    u = draw(2 * n)
+    u = with_float64(draw(2 * n))
     which = (u[:, :n] * 14).long()
     code, magnitude, signed = (t.to(u.device)[which] for t in _space(H, W, m, bins))
     negative = (signed > 0) & (u[:, n:] < 0.5)

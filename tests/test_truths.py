@@ -1,0 +1,213 @@
+"Small truths that once were not: each test was red before its fault was mended."
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from acl_nb.losses import LOSSES, make_loss
+from acl_nb.views import POLICIES, Draws, ViewPipeline
+from acl_nb.views.crops import crop_batch, crop_boxes, random_blur
+
+# --- TF32
+
+COARSE = {
+    "current, of CUDA": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "current, of oneDNN": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "current, of all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "legacy, of CUDA": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "legacy, high": lambda: torch.set_float32_matmul_precision("high"),
+    "legacy, medium": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+def precisions():
+    "Everything that can be read of how float32 is multiplied; what torch refuses to say is None."
+    found = [b.fp32_precision for b in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+    for legacy in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+        try:
+            found.append(legacy())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+@pytest.fixture
+def usual_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        backend.fp32_precision = "none"
+
+def cropped_and_blurred():
+    ids = torch.arange(20)
+    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crops = crop_batch(images, crop_boxes(Draws(ids), 40, 40), 32)
+    return random_blur(crops, Draws(ids, seed=1), p=1.0)
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("switch_on", COARSE.values(), ids=COARSE)
+def test_tf32_changes_no_view_and_stays_as_the_user_set_it(usual_precision, monkeypatch, switch_on):
+    exact = cropped_and_blurred()
+    switch_on()
+    before, within = precisions(), []
+    product = torch.baddbmm
+
+    def watched(*args):
+        within.append(precisions()[1:3])
+        return product(*args)
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    assert torch.equal(cropped_and_blurred(), exact)
+    assert precisions() == before
+    assert len(within) > 0 and all(set(found) <= {"ieee", "none"} for found in within)
+
+def test_a_precision_that_was_inherited_is_inherited_still(usual_precision):
+    torch.backends.fp32_precision = "tf32"
+    cropped_and_blurred()
+    torch.backends.fp32_precision = "none"
+    assert precisions()[:3] == ["none"] * 3
+
+# --- a device without float64, such as Apple's GPUs
+
+APPLE = torch.device("mps")
+MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_")     # with tensors of the CPU
+
+class AppleTensor(torch.Tensor):
+    "Says that it is on an Apple GPU and computes on the CPU; to the inside of torch it is on `meta`."
+    @staticmethod
+    def __new__(cls, inner):
+        if inner.dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64")
+        form = dict(strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device="meta")
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **form)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __format__(self, form):
+        return format(self.item(), form)
+
+    def tolist(self):
+        return self.inner.tolist()
+
+    device = property(lambda self: APPLE)
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return on_apple(func, args, kwargs or {})
+
+def _is_apple(value):
+    return isinstance(value, AppleTensor) or isinstance(value, torch.device) and value.type in ("mps", "meta")
+
+def _inside(value):
+    "What the CPU computes with instead."
+    if isinstance(value, AppleTensor):
+        return value.inner
+    return torch.device("cpu") if _is_apple(value) else value
+
+def on_apple(func, args, kwargs):
+    values = []
+    tree_map(values.append, (args, kwargs))
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    elsewhere = [t for t in tensors if not isinstance(t, AppleTensor) and t.ndim > 0]
+    here = [t for t in tensors if isinstance(t, AppleTensor)]
+    mixed = elsewhere and here
+    if mixed and func._schema.name not in {name.split(".")[0] for name in MAY_MIX}:
+        raise RuntimeError(f"{func}: tensors must be on one device")
+    made = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
+    to_cpu = kwargs.get("device") == torch.device("cpu")
+    if to_cpu or not any(map(_is_apple, values)):
+        return made
+    written = {id(t.inner): t for t in here}        # what works in place gives back what it got
+    return tree_map_only(torch.Tensor, lambda t: written[id(t)] if id(t) in written else AppleTensor(t), made)
+
+class _Made(TorchDispatchMode):
+    "Tensors that are made for `mps` are `AppleTensor`."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return on_apple(func, args, kwargs or {})
+
+class _Named(TorchFunctionMode):
+    "`mps` is `meta` before torch looks for a real one; `torch.tensor` and `as_tensor` would look into the tensors."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.as_tensor and isinstance(args[0], AppleTensor):
+            return args[0]
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == APPLE:
+            on_cpu = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
+            return AppleTensor(on_cpu)
+        args, kwargs = tree_map(lambda v: torch.device("meta") if isinstance(v, torch.device) and v == APPLE else v, (args, kwargs))
+        return func(*args, **kwargs)
+
+@contextmanager
+def apple_gpu():
+    with _Named(), _Made():
+        yield
+
+def to_apple(t):
+    return AppleTensor(t.clone()) if t.dtype != torch.float64 else AppleTensor(t.float())
+
+def test_the_played_device_refuses_float64_and_mixed_devices():
+    with apple_gpu():
+        x = to_apple(torch.ones(3))
+        assert x.device == APPLE and (x + 1).device == APPLE and (x + 1).cpu().tolist() == [2, 2, 2]
+        assert torch.arange(3, device=APPLE).device == APPLE and torch.tensor([1.], device=APPLE).device == APPLE
+        for wrong in (x.double, lambda: x.sum(0, dtype=torch.float64), lambda: torch.ones(2, dtype=torch.float64, device=APPLE)):
+            with pytest.raises(TypeError, match="float64"):
+                wrong()
+        with pytest.raises(RuntimeError, match="one device"):
+            x * torch.ones(3)
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_works_without_float64(name):
+    g = torch.Generator().manual_seed(0)
+    small = torch.randn(40, 3, 6, 6, generator=g) * 60 + 128
+    images = F.interpolate(small, (32, 32), mode="bilinear").clamp(0, 255).byte()
+    pipeline = ViewPipeline(name, 32, (0.,) * 3, (1.,) * 3, views=2)
+    here = pipeline(images, epoch=1)
+    with apple_gpu():
+        there = pipeline(to_apple(images), epoch=1)
+        assert there.device == APPLE
+        there = there.cpu()
+    if {"AutoAugment", "RandAugment"} & set(POLICIES[name].steps):
+        assert (here != there).float().mean() < 0.003          # their colours are blended in float32 there
+    else:
+        assert torch.equal(here, there)
+
+def batch_of(name):
+    "The loss's inputs by name, and its settings."
+    g = torch.Generator().manual_seed(0)
+    unit = lambda *shape: F.normalize(torch.randn(*shape, generator=g), dim=-1)
+    labels = torch.arange(8) % 4
+    if name == "paco":
+        keys, key_labels = unit(20, 16), torch.arange(20) % 4
+        key_labels[:8] = labels
+        return dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels, logits=torch.randn(8, 4, generator=g))
+    if name == "gpaco":
+        return dict(z=unit(8, 3, 16), labels=labels, logits=torch.randn(8, 3, 4, generator=g))
+    if name in ("scl", "acl", "bcl"):
+        return dict(z=unit(8, 3, 16), labels=labels, centers=unit(4, 16))
+    return dict(logits=torch.randn(8, 3, 4, generator=g), labels=labels)
+
+def value_and_gradients(loss, batch):
+    batch = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in batch.items()}
+    value = loss(**batch)
+    value.backward()
+    return [value.detach().cpu(), *(t.grad.cpu() for t in batch.values() if t.grad is not None)]
+
+@pytest.mark.filterwarnings("ignore:at..frobenius_norm")
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_works_without_float64(name):
+    settings = dict(class_counts=torch.tensor([40, 20, 10, 5]), negatives="adjusted", smooth=0.1)
+    for extra in ({}, dict(weights=torch.tensor([.5, .5, 1., 2.]))) if name == "ldam" else ({},):
+        loss = make_loss(name, **settings, **extra)
+        here = value_and_gradients(loss, batch_of(name))
+        with apple_gpu():
+            for key, buffer in list(loss._buffers.items()):
+                loss._buffers[key] = buffer if buffer is None else to_apple(buffer)
+            there = value_and_gradients(loss, {k: to_apple(t) for k, t in batch_of(name).items()})
+        assert len(here) == len(there) >= 2
+        for a, b in zip(here, there):
+            assert torch.allclose(a, b, atol=1e-6), name
