@@ -28,13 +28,16 @@ from .counts import shot_groups
 from .datasets import BENCHMARKS, DATASETS, FACTS, benchmark_files, check_files
 from .datasets import fetch_lists, find_list, load_lists, usual_counts
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
-from .hooks import Diverged, Stopped
+from .loading import LoaderDied
+from .loop import Diverged
+from .processes import Stopped
 from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
-from .records import Run, accuracy_line, images_line
+from .records import Run
+from .report import accuracy_line, images_line
 from .settings import Recipe
-from .trainer import fit
+from .trainer import ProcessLost, fit
 
 # %% ../nbs/70_cli.ipynb #2609c3dd
 def default_folder(
@@ -180,7 +183,7 @@ def acl_train(
     r, usual = resolve(name, recipe, options, set or [])
     if print: return _say(json.dumps(asdict(r), indent=2))
     folder, how = user_path(out) if out else default_folder(r, usual), dict(save_every=save_every, tensorboard=tensorboard, workers=workers)
-    _train(r, folder, resume, hooks=_probes(r, probe), **how)
+    _train(r, folder, resume, callbacks=_probes(r, probe), **how)
 
 # %% ../nbs/70_cli.ipynb #97a7fdc0
 def _probes(r, every):

@@ -28,11 +28,11 @@ from .counts import class_counts
 from .datasets import DATASETS, ImageArray, LongTailed, facts_of
 from .datasets.files import read_image
 from .losses import acl_loss
-from .parts import Parts, find_setup, start_processes
+from .build import build, find_setup, start_processes
 from .processes import all_gather
 from .recipes import recipe
 from .settings import Recipe
-from .trainer import Training
+from .loop import Training
 from .views import ViewPipeline
 
 # %% ../nbs/72_doctor.ipynb #20f5ef4c
@@ -207,7 +207,7 @@ def step_rate(
 ) -> float:               # images a second, each with all its views
     "Images a second of a whole training step on this machine."
     size = r.batch_size if torch.cuda.is_available() else min(r.batch_size, 64 if data.train.shape[-1] < 100 else 8)
-    with _in_place_of(r.dataset, data): parts = Parts(replace(r, batch_size=size, accumulate=1, data=None), workers=0)
+    with _in_place_of(r.dataset, data): parts = build(replace(r, batch_size=size, accumulate=1, data=None), workers=0)
     run, batch = Training(parts), data.train.__getitems__(torch.arange(min(size, len(data.train))))
     parts.network.train()
     began = time.perf_counter()

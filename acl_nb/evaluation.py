@@ -17,12 +17,14 @@ from .checks import require, user_path
 from .cli import command
 from .metrics import alignment, center_separation, confusion, evaluate, predictions, reliability, uniformity
 from .networks import load_network
-from .parts import Parts
+from .build import Parts, build, find_setup, half_precision, start_processes
 from .plots import plot_confusion, plot_per_class, plot_reliability
 from .processes import world_size
-from .records import Run, accuracy_line, percent, write_json, write_page, write_predictions
+from .loading import batches_of, load_batches, share_of_test
+from .records import Run, write_json, write_predictions
+from .report import accuracy_line, percent, write_page
 from .settings import Recipe
-from .trainer import predict
+
 
 # %% ../nbs/71_evaluation.ipynb #002eca4c
 def _recipe(run):
@@ -51,22 +53,28 @@ def open_run(
     recipe = _recipe(run)
     require(weights.is_file(), f"{run.path} must hold model.safetensors, which a run leaves when it is finished")
     network = load_network(weights)
-    parts = Parts(replace(recipe, data=data or recipe.data, sync_bn=recipe.sync_bn and torch.cuda.is_available()))
+    recipe = replace(recipe, data=data or recipe.data, sync_bn=recipe.sync_bn and torch.cuda.is_available())
+    accelerator = start_processes()
+    tested_in = ((run.env or {}).get("setup") or {}).get("test_precision", "fp32")      # earlier versions tested in fp32
+    setup = {**find_setup(recipe, accelerator.device), "test_precision": tested_in}
+    parts = build(recipe, accelerator, setup)
     _require_same_data(run, parts.data, network)
     require(network.settings == parts.bare.settings, f"{weights} must be the network of the recipe beside it", network.settings)
     parts.bare.load_state_dict(network.state_dict())
     return run, parts
 
 # %% ../nbs/71_evaluation.ipynb #6529c0a2
+@torch.inference_mode()
 def _features_and_logits(parts, data):
     "(z [n, D], logits [n, C], labels [n]) of a data set."
-    net, kept = parts.bare, []
+    net, found = parts.bare.eval(), []
     contrastive = parts.objective.contrastive is not None
-    project = lambda features: (net.head(features) if contrastive else F.normalize(features.flatten(1), dim=1)).float().cpu()
-    ear = net.encoder.register_forward_hook(lambda encoder, images, features: kept.append(project(features)))
-    try: logits, labels = predict(net, data, parts.plain, parts.device, workers=parts.workers)
-    finally: ear.remove()
-    return torch.cat(kept), logits, labels
+    for images, labels, _ in batches_of(load_batches(data, share_of_test(len(data)), parts.workers)):
+        images = parts.plain(images.to(parts.device))[:, 0]
+        with half_precision(parts.device, parts.setup["test_precision"]): features = net.features(images)
+        z = net.head(features) if contrastive else F.normalize(features.flatten(1), dim=1)
+        found.append((z.float().cpu(), net.read_out(features).cpu(), labels))
+    return tuple(torch.cat(rows) for rows in zip(*found))
 
 # %% ../nbs/71_evaluation.ipynb #c11de850
 def evaluate_run(

@@ -111,13 +111,16 @@ def class_centers(self:Network): # [C, D], unit length
         return self.centers(self.classifier.weight)
 
 @patch
+def read_out(self:Network, features): # [B, d] -> [B, C] logits
+    "Logits of encoded images, by classifier or by nearest centre."
+    with torch.autocast(features.device.type, enabled=False):
+        if self.settings["readout"] == "classifier": return self.classifier(features)
+        return self.by_centers(self.head(features), self.class_centers())
+
+@patch
 def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
-    "Logits of each image, by classifier or by nearest centre."
-    if self.settings["readout"] == "centers":
-        return self.by_centers(self.embed(images), self.class_centers())
-    features = self.features(images)
-    with torch.autocast(images.device.type, enabled=False):
-        return self.classifier(features)
+    "Logits of each image."
+    return self.read_out(self.features(images))
 
 # %% ../nbs/43_networks.ipynb #098ebd1c
 @patch

@@ -93,7 +93,7 @@ def copy_from_first(
 def from_first(
     f,      # a function without arguments, called on rank 0 alone
 ):          # what it returned, on every rank
-    "What rank 0 finds holds for all ranks; its error is raised on all of them, marked `shared`."
+    "What rank 0 finds holds for all ranks; its error is raised on all of them, which is `shared` where another tells it."
     if world_size() == 1: return f()
     made = [None, None]
     if rank() == 0:
@@ -102,7 +102,7 @@ def from_first(
     dist.broadcast_object_list(made, 0)
     found, error = made
     if error is None: return found
-    error.shared = True
+    error.shared = rank() > 0
     raise error
 
 # %% ../nbs/02_processes.ipynb #fe91aacd
@@ -116,7 +116,7 @@ def require_same(
     if not odd: return
     got = f"{values[0]} on rank 0 and {values[odd[0]]} on rank {odd[0]}"
     error = BadInput(f"{what} must be the same in all processes; got {got}")
-    error.shared = True
+    error.shared = rank() > 0
     raise error
 
 # %% ../nbs/02_processes.ipynb #d68f61a6

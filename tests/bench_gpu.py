@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 import acl_nb
 from acl_nb.doctor import stand_in
 from acl_nb.losses import acl_loss, scl_loss
-from acl_nb.parts import Parts
+from acl_nb.build import build
 from acl_nb.recipes import recipe
-from acl_nb.trainer import Training, predict
+from acl_nb.loop import Training, predict
 from acl_nb.views import ViewPipeline
 from bench_losses import batch, forward_backward, peak_bytes, peer
 from bench_step import whole_step
@@ -196,7 +196,7 @@ def cifar_run(bench, **more):
     tiny = dict(encoder="resnet8", dim=16, hidden=16, batch_size=8)
     r = recipe("cifar100_lt", **bench.pick(dict(batch_size=256), tiny), epochs=10_000, **more)
     data = made_data(10 * r.batch_size, 32, bench.pick(100, 10))
-    with in_place_of(r.dataset, data): return Training(Parts(r))
+    with in_place_of(r.dataset, data): return Training(build(r))
 
 def imagenet_run(bench, size, **more):
     "(run, a batch of made crops as workers hand them over: uint8, pinned where there is a GPU)"
@@ -205,7 +205,7 @@ def imagenet_run(bench, size, **more):
     more = bench.pick({}, tiny) | more
     r = recipe("imagenet_lt_resnet50_90", batch_size=size, epochs=10_000, **more)
     data = stand_in([3, pixels, pixels], torch.full((classes,), 2))
-    with in_place_of(r.dataset, data): run = Training(Parts(r, workers=0))
+    with in_place_of(r.dataset, data): run = Training(build(r, workers=0))
     crops = made_pixels(size, r.views, 3, pixels, pixels)
     ids = torch.arange(size)
     run.parts.network.train()
@@ -412,8 +412,8 @@ def prediction(bench):
     for encoder, size in bench.pick([("resnet32", 32), ("resnet50", 224)], [("resnet8", 32)]):
         data = stand_in([3, size, size], torch.full((16,), n // 16))
         r = recipe("cifar10_lt", encoder=encoder, batch_size=16)
-        with in_place_of(r.dataset, data): p = Parts(r)
-        step = lambda: predict(p.bare, data.test, p.plain, p.device)
+        with in_place_of(r.dataset, data): p = build(r)
+        step = lambda: predict(p.bare, p.test_loader, p.plain, len(p.test), p.setup["test_precision"])
         ms = bench.wall(step, bench.pick(3, 1), warm=1)
         bench.add(f"{encoder}, {n} images, {size} px", "predict", 1e3 * n / ms, "images/s")
 

@@ -10,12 +10,12 @@ from itertools import cycle
 import torch
 from PIL import Image
 
-import acl_nb.parts
+import acl_nb.build
 from acl_nb.datasets import ImageArray, LongTailed
-from acl_nb.parts import Parts
+from acl_nb.build import build
 from acl_nb.probes import Probe
 from acl_nb.recipes import recipe
-from acl_nb.trainer import Training
+from acl_nb.loop import Training
 from bench_views import published
 from benching import Rows, interleaved, median_ratio, out_option, processor_name
 
@@ -29,8 +29,8 @@ def noise(*args, **kwargs):
     return LongTailed("noise", data, data, [str(i) for i in range(100)], (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 
 def training(**settings):
-    acl_nb.parts.DATASETS["cifar100_lt"] = noise
-    return Training(Parts(recipe("cifar100_lt", batch_size=B, views=V, epochs=10_000, **settings)))
+    acl_nb.build.DATASETS["cifar100_lt"] = noise
+    return Training(build(recipe("cifar100_lt", batch_size=B, views=V, epochs=10_000, **settings)))
 
 def whole_step(run):
     "The trainer's own, batch after batch."

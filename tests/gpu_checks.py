@@ -223,7 +223,7 @@ def check_training(bench):
         def check():
             watch, data = Watch(), made_data(5 * size, pixels, 10)
             with tempfile.TemporaryDirectory() as out, in_place_of("cifar10_lt", data):
-                row = fit(r, out, quiet=True, hooks=[watch]).history[-1]
+                row = fit(r, out, quiet=True, callbacks=[watch]).history[-1]
             right = row["loss"] == row["loss"] and watch.finite
             bench.check(f"training, {name}", "mean loss of 5 batches", row["loss"], "", right)
             figure = "share of weight tensors that moved"
@@ -250,7 +250,7 @@ def check_resume(bench):
             with tempfile.TemporaryDirectory() as folder:
                 whole, halved = Path(folder)/"whole", Path(folder)/"halved"
                 fit(r, whole, quiet=True)
-                try: fit(r, halved, quiet=True, save_every=0., hooks=[HaltAt(8)])
+                try: fit(r, halved, quiet=True, save_every=0., callbacks=[HaltAt(8)])
                 except Halt: pass
                 assert latest(halved/"checkpoint"), "there is no checkpoint to go on from"
                 fit(r, halved, quiet=True, resume="must")
@@ -274,7 +274,7 @@ assert parts[0].tolist() == t.tolist() == [0, 1, 2]
 class Name:
     def finish(self, run): print(dist.get_backend(), type(run.parts.network).__name__)
 r = recipe("digits_lt", **json.loads(sys.argv[1]), epochs=1, sync_bn=gpu)
-fit(r, sys.argv[2], quiet=True, hooks=[Name()])
+fit(r, sys.argv[2], quiet=True, callbacks=[Name()])
 dist.destroy_process_group()
 """
 
@@ -338,7 +338,7 @@ class Third:
 @command
 def train():
     r = recipe("cifar10_lt", **json.loads(sys.argv[1]))
-    fit(r, Path(sys.argv[2], "run"), workers=2, hooks=[Third()])
+    fit(r, Path(sys.argv[2], "run"), workers=2, callbacks=[Third()])
 train()
 """
 

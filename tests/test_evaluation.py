@@ -13,7 +13,8 @@ from acl_nb.checkpoints import load_checkpoint
 from acl_nb.gradients import class_balance, conflict_rate
 from acl_nb.probes import Probe, closed_form
 from acl_nb.recipes import recipe
-from acl_nb.records import Run, write_report
+from acl_nb.records import Run
+from acl_nb.report import write_report
 from acl_nb.trainer import fit
 from ranks import finish, start
 
@@ -38,7 +39,7 @@ class Witness:
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
     folder, witness, r = tmp_path_factory.mktemp("runs")/"probed", Witness(), recipe("digits_lt", **SMALL)
-    return fit(r, folder, quiet=True, hooks=[witness, Probe(r, 2)]), witness.seen
+    return fit(r, folder, quiet=True, callbacks=[witness, Probe(r, 2)]), witness.seen
 
 def plain(run): return [{k: v for k, v in row.items() if k not in ("seconds", "balance")} for row in run.history]
 def content(run): return plain(run), (run.path/"model.safetensors").read_bytes()
@@ -56,7 +57,7 @@ def test_the_probe_measures_class_balance(probed):
 @pytest.mark.parametrize("more", [{}, dict(loss="paco", queue=40, accumulate=2)], ids=["acl", "paco"])
 def test_the_probe_changes_nothing(tmp_path, more):
     r = recipe("digits_lt", **SMALL, **more)
-    on, off = fit(r, tmp_path/"on", quiet=True, hooks=[Probe(r, 1)]), fit(r, tmp_path/"off", quiet=True)
+    on, off = fit(r, tmp_path/"on", quiet=True, callbacks=[Probe(r, 1)]), fit(r, tmp_path/"off", quiet=True)
     assert content(on) == content(off) and all("balance" in row for row in on.history) and not any("balance" in row for row in off.history)
 
 class Trip:
@@ -65,15 +66,15 @@ class Trip:
 
 def test_a_probed_run_goes_on_in_mid_epoch(tmp_path, probed):
     r = recipe("digits_lt", **SMALL)
-    with pytest.raises(ZeroDivisionError): fit(r, tmp_path/"run", quiet=True, save_every=0, hooks=[Probe(r, 2), Trip()])
-    assert load_checkpoint(tmp_path/"run"/"checkpoint")["hooks"]["Probe"]["steps"] == 1
-    run = fit(r, tmp_path/"run", "must", quiet=True, hooks=[Probe(r, 2)])
+    with pytest.raises(ZeroDivisionError): fit(r, tmp_path/"run", quiet=True, save_every=0, callbacks=[Probe(r, 2), Trip()])
+    assert load_checkpoint(tmp_path/"run"/"checkpoint").callbacks["Probe"]["steps"] == 1
+    run = fit(r, tmp_path/"run", "must", quiet=True, callbacks=[Probe(r, 2)])
     assert content(run) == content(probed[0]) and [row["balance"] for row in run.history] == [row["balance"] for row in probed[0].history]
 
 def two(out, witness_at):
     from acl_nb.processes import rank
     witness, r = Witness(), recipe("digits_lt", **SMALL)
-    fit(r, out, quiet=True, hooks=[Probe(r, 10**6), witness])
+    fit(r, out, quiet=True, callbacks=[Probe(r, 10**6), witness])
     if rank() == 1: torch.save([seen[1] for seen in witness.seen], witness_at)
 
 def test_two_processes_measure_the_whole_batch(tmp_path, probed):

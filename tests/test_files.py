@@ -131,7 +131,7 @@ def test_names_of_every_kind_survive_to_the_report_and_the_resume(tmp_path):
     class Stop:
         def after_epoch(self, run):
             if run.epoch == 1: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(mine, tmp_path/"run", quiet=True, workers=0, hooks=[Stop()])
+    with pytest.raises(KeyboardInterrupt): fit(mine, tmp_path/"run", quiet=True, workers=0, callbacks=[Stop()])
     run = fit(mine, tmp_path/"run", quiet=True, workers=0)
     assert run.summary["images"] == {"unreadable": len(NAMES)}
     assert {name.split("/")[0] for name in run.summary["skipped"]} == {*NAMES.values()}
@@ -193,7 +193,7 @@ def test_a_process_that_would_see_one_view_is_refused(monkeypatch):
     monkeypatch.setattr(parts, "world_size", lambda: 2)
     one_view = recipe("digits_lt", loss="la", views=1, batch_size=2)
     with pytest.raises(BadInput, match="a process's batch must hold at least two views, for its batch statistics; got 1"):
-        parts.Parts(one_view, SimpleNamespace(device=torch.device("cpu")))
+        build.build(one_view, SimpleNamespace(device=torch.device("cpu")))
 
 def test_a_test_set_that_is_not_balanced_is_told_by_images_and_by_classes(tmp_path):
     for c, n in {"a": 40, "b": 10, "c": 5}.items():

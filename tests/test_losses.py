@@ -163,7 +163,7 @@ def test_a_new_loss_is_one_entry_of_the_table(monkeypatch, tmp_path):
     assert r.centers == "weights" and losses_that(lambda t: t.module is Between) == ["between"]
     with pytest.raises(BadInput, match="`negatives` must not be set: between does not read it"):
         recipe("digits_lt", loss="between", negatives="prior", **small)
-    run = fit(r, tmp_path/"run", quiet=True, hooks=[Probe(r, 1)])
+    run = fit(r, tmp_path/"run", quiet=True, callbacks=[Probe(r, 1)])
     row, = run.history
     assert run.summary["loss"] == "between" and 0 < row["contrastive"] < float("inf")
     assert {"attraction", "wrong_way", "repulsion", "conflict_rate"} <= set(row["balance"])

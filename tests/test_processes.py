@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torchvision.datasets import CIFAR10
 
 from acl_nb.losses import LOSSES
-from acl_nb.parts import Parts
+from acl_nb.build import build
 from acl_nb.processes import rank, world_size
 from acl_nb.recipes import recipe
 from acl_nb.records import Run
-from acl_nb.trainer import Training, fit
+from acl_nb.loop import Training
+from acl_nb.trainer import fit
 from ranks import finish, start, without_batch_statistics
 
 BY_CENTERS = [("scl", "none"), ("bcl", "free"), ("acl", "weights")]        # without a classifier's loss
@@ -35,12 +36,12 @@ def gradient(loss, accumulate, dtype, more):
     torch.set_default_dtype(dtype)
     try:
         r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", accumulate=accumulate, **more, **({"queue": 70} if "paco" in loss else {}))
-        with without_batch_statistics(): training = Training(parts := Parts(r))
+        with without_batch_statistics(): training = Training(parts := build(r))
         parts.views.dtype = dtype
-        if parts.queue is not None: parts.queue.push(*keys(r.dim))
+        if parts.keys.queue is not None: parts.keys.queue.push(*keys(r.dim))
         parts.network.train()
         training.train_step(list(islice(parts.loader, accumulate)))
-        queue = [t.clone() for t in parts.queue.contents()] if parts.queue is not None else []
+        queue = [t.clone() for t in parts.keys.queue.contents()] if parts.keys.queue is not None else []
         return [torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts.bare.parameters()]), *queue]
     finally: torch.set_default_dtype(usual)
 

@@ -13,13 +13,13 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import acl_nb.datasets.glyphs as glyphs
-import acl_nb.parts
+import acl_nb.build
 from acl_nb.datasets import BENCHMARKS
 from acl_nb.losses import LOSSES
-from acl_nb.parts import Parts
+from acl_nb.build import build
 from acl_nb.recipes import RECIPES, recipe
 from acl_nb.settings import Recipe
-from acl_nb.trainer import Training
+from acl_nb.loop import Training
 
 CLASSES = {"digits_lt": 10, "fashion_lt": 10, "glyphs_lt": 89, "cifar10_lt": 10, "cifar100_lt": 100,
            "imagenet_lt": 1000, "places_lt": 365, "inaturalist18": 8142, "imagenet": 1000}
@@ -70,7 +70,7 @@ def data(tmp_path_factory):
 
 def one_step(r):
     "The run after its first step."
-    training = Training(Parts(r, workers=0))
+    training = Training(build(r, workers=0))
     training.train_step([next(iter(training.parts.loader))])
     return training
 
@@ -79,7 +79,7 @@ SMALLER = {"digits_lt": {}, **{name: dict(kind="balanced", n_max=4) for name in 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_of(name, data, monkeypatch):
     fetched = []
-    monkeypatch.setattr(acl_nb.parts, "load_pretrained", lambda net, encoder: fetched.append(encoder))
+    monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda net, encoder: fetched.append(encoder))
     usual = recipe(name)
     r = recipe(name, data=str(data(usual.dataset)), batch_size=4, **SMALLER.get(usual.dataset, dict(size=32)))
     run = one_step(r)
@@ -98,8 +98,8 @@ def test_every_loss_on_photographs(loss, data):
     assert all(math.isfinite(v) for v in run.sums.values()) and r.classifier == ("linear" if "paco" in loss else "cosine")
 
 def test_what_is_frozen_stays(data, monkeypatch):
-    monkeypatch.setattr(acl_nb.parts, "load_pretrained", lambda *_: None)
-    training = Training(Parts(recipe("places_lt_resnet152", data=str(data("places_lt")), encoder="resnet18", batch_size=4, size=32), workers=0))
+    monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda *_: None)
+    training = Training(build(recipe("places_lt_resnet152", data=str(data("places_lt")), encoder="resnet18", batch_size=4, size=32), workers=0))
     before = {k: v.clone() for k, v in training.parts.bare.named_parameters()}
     training.train_step([next(iter(training.parts.loader))])
     moved = {k for k, v in training.parts.bare.named_parameters() if not torch.equal(v, before[k])}
@@ -107,4 +107,4 @@ def test_what_is_frozen_stays(data, monkeypatch):
 
 def test_a_list_of_other_classes_is_refused(data):
     with pytest.raises(ValueError, match="`classes` must be the number of classes in the data, 1000; got 365"):
-        Parts(Recipe(dataset="imagenet_lt", data=str(data("imagenet_lt")), imbalance="as_is", classes=365))
+        build(Recipe(dataset="imagenet_lt", data=str(data("imagenet_lt")), imbalance="as_is", classes=365))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from acl_nb.checks import BadInput
 from acl_nb.datasets.files import Pictures
-from acl_nb.parts import EpochBatches
+from acl_nb.loading import EpochBatches
 from acl_nb.recipes import recipe
 from acl_nb.trainer import fit
 from acl_nb.views import POLICIES, ViewPipeline

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..checks import BadInput, require
 from ..cli import command
-from ..records import percent
+from ..report import percent
 from .results import identity, load_results, save_results, settings_of
 from .specs import STUDIES, cell_identity, find_study, probe_of, read_study, recorded, study_cells
 from .workers import run_tasks

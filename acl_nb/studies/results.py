@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..checkpoints import latest
 from ..checks import BadInput
-from ..hooks import Diverged
+from ..loop import Diverged
 from ..probes import Probe
 from ..recipes import read_json
 from ..records import Run, write_text
@@ -45,7 +45,7 @@ def run_result(
     env = run.env
     made = {"probe": probe, "recipe": settings_of(recipe), "data": {k: env["data"][k] for k in _DATA}, "environment": {k: v for k, v in env.items() if k != "data"}}
     if diverged: return {"diverged": diverged, **made}
-    balance = {k: _short(run.history[-1]["balance"][k]) for k in _BALANCE} if probe else {}
+    balance = {k: _short(run.balance[-1]["balance"][k]) for k in _BALANCE} if probe else {}
     return {**{k: _short(run.summary[k]) for k in _KEPT if k in run.summary}, **balance, **made}
 
 # %% ../../nbs/80_studies.results.ipynb #477873ea
@@ -56,7 +56,7 @@ def train_cell(
 ) -> dict:           # of `run_result`
     "Train one run of a study, or go on with it."
     hooks = [Probe(recipe, probe)] if probe else []
-    try: run = fit(recipe, folder, "auto" if latest(Path(folder)/"checkpoint") else "never", quiet=True, hooks=hooks)
+    try: run = fit(recipe, folder, "auto" if latest(Path(folder)/"checkpoint") else "never", quiet=True, callbacks=hooks)
     except Diverged as e: return run_result(Run(folder), recipe, probe, str(e).split(";")[0])
     return run_result(run, recipe, probe)
 

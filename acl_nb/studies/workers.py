@@ -17,7 +17,7 @@ from multiprocessing import connection, get_context, parent_process
 import torch
 
 from ..checks import BadInput
-from ..hooks import Interrupts, Stopped
+from ..processes import Interrupts, Stopped
 from .results import train_cell
 
 # %% ../../nbs/82_studies.workers.ipynb #948fef4c

@@ -20,7 +20,7 @@ from ..checks import choose, require
 from ..counts import class_counts, log_prior, shot_groups
 from ..gradients import class_balance, conflict_rate, pair_gradients
 from ..pairs import contrast
-from ..parts import Parts
+from ..build import build
 from ..plots import ATTRACTION, GROUP_SHADES, NEUTRAL, REPULSION, WRONG_WAY, show, styled
 from ..settings import Recipe
 
@@ -86,7 +86,7 @@ def run_batch(
 ) -> Batch:
     "A batch of a run's own embeddings."
     with _same_draws():
-        parts = Parts(replace(Recipe(**run.recipe), compile=False, sync_bn=False, **({} if views is None else {"views": views})), workers=0)
+        parts = build(replace(Recipe(**run.recipe), compile=False, sync_bn=False, **({} if views is None else {"views": views})), workers=0)
         network = run.network
     ids = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed))[:batch_size].tolist()
     images, labels, positions = parts.train.__getitems__(ids)

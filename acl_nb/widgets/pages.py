@@ -133,7 +133,7 @@ def run_numbers(
     "What the figure shows of a run."
     history, counts = run.history, (run.env or {}).get("data", {}).get("counts", [])
     order = torch.tensor(counts).argsort(descending=True, stable=True).tolist() if counts else []
-    probed = [h["balance"] for h in history if "balance" in h and (epoch is None or h["epoch"] <= epoch)]
+    probed = [h["balance"] for h in run.balance if epoch is None or h["epoch"] <= epoch]
     b, per_class = probed[-1] if probed else None, (run.summary or {}).get("per_class") or []
     of = lambda values: [values[j] for j in order] if values else []
     return {"epochs": [h["epoch"] for h in history], "top1": [h.get("top1") for h in history], "counts": of(counts), "per_class": of(per_class),
@@ -184,7 +184,7 @@ def run_figure(
 ) -> go.Figure:
     "Curves, accuracy against class size and forces over training, of one run or several."
     runs = open_runs(runs)
-    epochs = sorted({h["epoch"] for run in runs.values() for h in run.history if "balance" in h})
+    epochs = sorted({h["epoch"] for run in runs.values() for h in run.balance})
     fig, first = _run_panels(runs, epoch), 2 * len(runs)
     if epoch is not None or len(epochs) < 2: return fig
     where, updates = list(range(first, first + 3 * len(runs))), []
