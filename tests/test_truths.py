@@ -1,16 +1,29 @@
 "Small truths that once were not: each test was red before its fault was mended."
+import errno
+import io
+import os
+import runpy
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from acl_nb.checks import BadInput
+from acl_nb.cli import acl_data, acl_train, argument_parser, command
+from acl_nb.doctor import acl_doctor
+from acl_nb.evaluation import acl_eval
 from acl_nb.losses import LOSSES, make_loss
+from acl_nb.studies import acl_study
 from acl_nb.views import POLICIES, Draws, ViewPipeline
 from acl_nb.views.crops import crop_batch, crop_boxes, random_blur
+from ranks import finish, start
 
 # --- TF32
 
@@ -211,3 +224,105 @@ def test_every_loss_works_without_float64(name):
         assert len(here) == len(there) >= 2
         for a, b in zip(here, there):
             assert torch.allclose(a, b, atol=1e-6), name
+
+# --- the command line
+
+COMMANDS = [acl_train, acl_data, acl_eval, acl_doctor, acl_study]
+
+def exit_of(f, capsys):
+    "(exit code, stderr) of what ends the process."
+    with pytest.raises(SystemExit) as exit:
+        f()
+    return exit.value.code, capsys.readouterr().err
+
+@pytest.mark.parametrize("f", COMMANDS, ids=lambda f: f.__name__)
+def test_an_unknown_option_is_one_sentence_with_the_nearest(f, capsys):
+    parser = argument_parser(f)
+    option = [name for name in parser._option_string_actions if len(name) > 4][-1]
+    misspelt = option + "x"
+    given = [misspelt, "3"] if f is not acl_eval else ["run", misspelt]
+    assert exit_of(lambda: parser.parse_args(given), capsys) == (2, f"error: unknown option {misspelt}: did you mean {option}?\n")
+    code, said = exit_of(lambda: parser.parse_args(["a", "b", "c"]), capsys)
+    assert code == 2 and said.startswith("error: one argument too many: ") and said.count("\n") == 1
+
+def test_vews_is_views_by_the_installed_command(monkeypatch, capsys):
+    script = os.path.join(os.path.dirname(sys.executable), "acl_train")
+    monkeypatch.setattr(sys, "argv", [script, "--vews", "3"])
+    ended = exit_of(lambda: runpy.run_path(script, run_name="__main__"), capsys)
+    assert ended == (2, "error: unknown option --vews: did you mean --views?\n")
+
+def program(tmp_path, name, *args, **env):
+    "A process that runs a command as a script does: (arguments of Popen)."
+    path = tmp_path/"program.py"
+    path.write_text(f"from acl_nb.cli import {name}\n{name}()\n")
+    folders = os.pathsep.join(p for p in sys.path if p)
+    form = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": folders, **env})
+    return [sys.executable, path, *args], form
+
+@pytest.mark.parametrize("name, args, unbuffered", [("acl_train", ["--list"], ""), ("acl_data", ["list"], "1")])
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, name, args, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words, form = program(tmp_path, name, *args, PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(words, stdout=writer, **form)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932"])
+def test_a_console_that_lacks_a_character_ends_nothing(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    @command
+    def speaks():
+        print("few – × 5")
+        raise BadInput("`x` must be – there")
+
+    with pytest.raises(SystemExit):
+        speaks()
+    acl_data("list")
+    err.flush()
+    assert err.buffer.getvalue() == "error: `x` must be – there\n".encode(encoding, "replace")
+    assert b"few ? " in out.buffer.getvalue() and b"imagenet_lt" in out.buffer.getvalue()
+
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(errno.EACCES, "Permission denied", "/data/train"), "error: /data/train: Permission denied\n"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a_file/x"), "error: a_file/x: Not a directory\n"),
+])
+def test_a_file_that_may_not_be_used_is_one_sentence_with_its_path(capsys, error, said):
+    @command
+    def fails():
+        raise error
+
+    assert exit_of(fails, capsys) == (1, said)
+
+@pytest.mark.parametrize("rank", ["", "1", "x"])
+def test_a_rank_in_the_environment_swallows_nothing(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    ended = exit_of(lambda: acl_train("digts_lt"), capsys)
+    assert ended == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt?\n")
+
+def one_rank_fails(shared):
+    dist.init_process_group("gloo")
+
+    @command
+    def fails():
+        if shared:
+            error = BadInput("all know this")
+            error.shared = True
+            raise error
+        if dist.get_rank() == 1:
+            raise BadInput("broken.jpg must be readable")
+
+    fails()
+
+@pytest.mark.parametrize("shared, codes, told", [
+    (False, [0, 2], "rank 1: error: broken.jpg must be readable\n"),
+    (True, [2, 2], "error: all know this\n"),
+])
+def test_an_error_of_one_rank_is_told_by_it_and_one_of_all_once(tmp_path, shared, codes, told):
+    said = tmp_path/"said"
+    assert finish(start(one_rank_fails, shared, said=said, world=2)) == codes
+    lines = [line for line in said.read_text().splitlines(True) if "[W" not in line]
+    assert "".join(lines) == told
