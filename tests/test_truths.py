@@ -1,11 +1,14 @@
 "Small truths that once were not: each test was red before its fault was mended."
 import errno
 import io
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -326,3 +329,37 @@ def test_an_error_of_one_rank_is_told_by_it_and_one_of_all_once(tmp_path, shared
     assert finish(start(one_rank_fails, shared, said=said, world=2)) == codes
     lines = [line for line in said.read_text().splitlines(True) if "[W" not in line]
     assert "".join(lines) == told
+
+# --- workers that import the script again
+
+OWN_DATA = Path(__file__).parent.parent/"nbs"/"tutorials"/"own_data.ipynb"
+SPAWN = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+FIELDS = dict(name="shapes", dataset="shapes_lt", imbalance="as_is", policy="plain", epochs=1, batch_size=32, dim=8, hidden=8)
+
+def own_data(tmp_path):
+    "The files of the tutorial, as it prints them: my_project.py, mine.py, shapes.json."
+    cells = ["".join(cell["source"]) for cell in json.loads(OWN_DATA.read_text(encoding="utf-8"))["cells"]]
+    (shapes,) = [re.search(r"class Shapes:.*?\n\n(?=\w)", text, re.S)[0] for text in cells if "class Shapes:" in text]
+    (script,) = [found[1] for text in cells if (found := re.search(r"```python\n(# mine\.py.*?)```", text, re.S))]
+    (tmp_path/"my_project.py").write_text("import torch\n" + shapes)
+    (tmp_path/"shapes.json").write_text(json.dumps(FIELDS))
+    return script
+
+def trained(tmp_path, script):
+    "The process of `python mine.py` with one worker that is spawned."
+    (tmp_path/"mine.py").write_text(SPAWN + script)
+    folders = os.pathsep.join(p for p in sys.path if p)
+    words = [sys.executable, "mine.py", "--recipe", "shapes.json", "--workers", "1"]
+    return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": folders})
+
+def test_the_script_of_own_data_trains_once_where_workers_import_it(tmp_path):
+    done = trained(tmp_path, own_data(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path/"runs") == ["shapes"] and "runs/shapes/report.html" in done.stdout
+
+def test_a_script_without_the_condition_is_told_what_to_do_and_trains_nothing_else(tmp_path):
+    script = own_data(tmp_path).replace('if __name__ == "__main__":\n    acl_train()', "acl_train()")
+    done = trained(tmp_path, script)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: acl_train was called by a worker process")]
+    assert done.returncode != 0 and told and told[0].endswith('put the call below `if __name__ == "__main__":`')
+    assert os.listdir(tmp_path/"runs") == ["shapes"]
