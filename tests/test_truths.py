@@ -7,8 +7,10 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +20,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from acl_nb.checks import BadInput
+from acl_nb import doctor
+from acl_nb.checks import BadInput, usable_cpus
 from acl_nb.cli import acl_data, acl_train, argument_parser, command
 from acl_nb.doctor import acl_doctor
 from acl_nb.evaluation import acl_eval
 from acl_nb.losses import LOSSES, make_loss
+from acl_nb.recipes import recipe
 from acl_nb.studies import acl_study
+from acl_nb.trainer import Training
 from acl_nb.views import POLICIES, Draws, ViewPipeline
 from acl_nb.views.crops import crop_batch, crop_boxes, random_blur
 from ranks import finish, start
@@ -363,3 +368,37 @@ def test_a_script_without_the_condition_is_told_what_to_do_and_trains_nothing_el
     told = [line for line in done.stderr.splitlines() if line.startswith("error: acl_train was called by a worker process")]
     assert done.returncode != 0 and told and told[0].endswith('put the call below `if __name__ == "__main__":`')
     assert os.listdir(tmp_path/"runs") == ["shapes"]
+
+# --- the doctor
+
+def test_a_slow_first_step_is_not_the_rate(monkeypatch):
+    waits = iter([0.5])
+
+    def train_step(self, batches):
+        time.sleep(next(waits, 0.01))
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    small = recipe("digits_lt", dim=8, hidden=8)
+    data = doctor.stand_in([1, 8, 8], torch.full((10,), 10))
+    assert doctor.step_rate(small, data, seconds=0.1) > 64 / 0.2
+
+def test_the_doctor_sees_too_little_shared_memory(monkeypatch):
+    photographs = recipe("imagenet_lt_resnet50_90", data="nowhere")
+    check = {"shared": doctor.CHECKS["shared"]}
+    for free, word in ((64e6, "fails"), (64e9, "ok")):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+        monkeypatch.setattr("pathlib.Path.is_dir", lambda path: True)
+        assert doctor.diagnose(photographs, check)["shared"].word == word
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda path: False)
+    assert doctor.diagnose(photographs, check)["shared"].word == "missing"
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to CPUs")
+def test_cpus_are_those_that_may_be_used(monkeypatch):
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert usable_cpus() == 1
+        note = doctor.CHECKS["devices"](None).note
+        assert torch.cuda.is_available() or "no GPU; 1 CPUs" in note
+    finally:
+        os.sched_setaffinity(0, mine)
