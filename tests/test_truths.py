@@ -150,6 +150,10 @@ class _Made(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return on_apple(func, args, kwargs or {})
 
+def _as_meta(value):
+    is_device = isinstance(value, torch.device)
+    return torch.device("meta") if is_device and value == APPLE else value
+
 class _Named(TorchFunctionMode):
     "`mps` is `meta` before torch looks for a real one; `torch.tensor` and `as_tensor` would look into the tensors."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -159,8 +163,7 @@ class _Named(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == APPLE:
             on_cpu = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
             return AppleTensor(on_cpu)
-        args, kwargs = tree_map(lambda v: torch.device("meta") if isinstance(v, torch.device) and v == APPLE else v, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*tree_map(_as_meta, args), **tree_map(_as_meta, kwargs))
 
 @contextmanager
 def apple_gpu():
@@ -175,7 +178,8 @@ def test_the_played_device_refuses_float64_and_mixed_devices():
         x = to_apple(torch.ones(3))
         assert x.device == APPLE and (x + 1).device == APPLE and (x + 1).cpu().tolist() == [2, 2, 2]
         assert torch.arange(3, device=APPLE).device == APPLE and torch.tensor([1.], device=APPLE).device == APPLE
-        for wrong in (x.double, lambda: x.sum(0, dtype=torch.float64), lambda: torch.ones(2, dtype=torch.float64, device=APPLE)):
+        wide = dict(dtype=torch.float64)
+        for wrong in (x.double, lambda: x.sum(0, **wide), lambda: torch.ones(2, **wide, device=APPLE)):
             with pytest.raises(TypeError, match="float64"):
                 wrong()
         with pytest.raises(RuntimeError, match="one device"):
@@ -204,8 +208,8 @@ def batch_of(name):
     labels = torch.arange(8) % 4
     if name == "paco":
         keys, key_labels = unit(20, 16), torch.arange(20) % 4
-        key_labels[:8] = labels
-        return dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels, logits=torch.randn(8, 4, generator=g))
+        logits = torch.randn(8, 4, generator=g)
+        return dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels, logits=logits)
     if name == "gpaco":
         return dict(z=unit(8, 3, 16), labels=labels, logits=torch.randn(8, 3, 4, generator=g))
     if name in ("scl", "acl", "bcl"):
@@ -249,7 +253,8 @@ def test_an_unknown_option_is_one_sentence_with_the_nearest(f, capsys):
     option = [name for name in parser._option_string_actions if len(name) > 4][-1]
     misspelt = option + "x"
     given = [misspelt, "3"] if f is not acl_eval else ["run", misspelt]
-    assert exit_of(lambda: parser.parse_args(given), capsys) == (2, f"error: unknown option {misspelt}: did you mean {option}?\n")
+    said = f"error: unknown option {misspelt}: did you mean {option}?\n"
+    assert exit_of(lambda: parser.parse_args(given), capsys) == (2, said)
     code, said = exit_of(lambda: parser.parse_args(["a", "b", "c"]), capsys)
     assert code == 2 and said.startswith("error: one argument too many: ") and said.count("\n") == 1
 
@@ -339,7 +344,8 @@ def test_an_error_of_one_rank_is_told_by_it_and_one_of_all_once(tmp_path, shared
 
 OWN_DATA = Path(__file__).parent.parent/"nbs"/"tutorials"/"own_data.ipynb"
 SPAWN = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
-FIELDS = dict(name="shapes", dataset="shapes_lt", imbalance="as_is", policy="plain", epochs=1, batch_size=32, dim=8, hidden=8)
+FIELDS = dict(name="shapes", dataset="shapes_lt", imbalance="as_is", policy="plain",
+              epochs=1, batch_size=32, dim=8, hidden=8)
 
 def own_data(tmp_path):
     "The files of the tutorial, as it prints them: my_project.py, mine.py, shapes.json."
@@ -355,7 +361,8 @@ def trained(tmp_path, script):
     (tmp_path/"mine.py").write_text(SPAWN + script)
     folders = os.pathsep.join(p for p in sys.path if p)
     words = [sys.executable, "mine.py", "--recipe", "shapes.json", "--workers", "1"]
-    return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": folders})
+    form = dict(cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, **form, env={**os.environ, "PYTHONPATH": folders})
 
 def test_the_script_of_own_data_trains_once_where_workers_import_it(tmp_path):
     done = trained(tmp_path, own_data(tmp_path))
@@ -365,8 +372,9 @@ def test_the_script_of_own_data_trains_once_where_workers_import_it(tmp_path):
 def test_a_script_without_the_condition_is_told_what_to_do_and_trains_nothing_else(tmp_path):
     script = own_data(tmp_path).replace('if __name__ == "__main__":\n    acl_train()', "acl_train()")
     done = trained(tmp_path, script)
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: acl_train was called by a worker process")]
-    assert done.returncode != 0 and told and told[0].endswith('put the call below `if __name__ == "__main__":`')
+    told = [line for line in done.stderr.splitlines() if "acl_train was called by a worker process" in line]
+    assert done.returncode != 0 and told and told[0].startswith("error: ")
+    assert told[0].endswith('put the call below `if __name__ == "__main__":`')
     assert os.listdir(tmp_path/"runs") == ["shapes"]
 
 # --- the doctor
