@@ -35,6 +35,7 @@ from ranks import finish, start
 
 # --- TF32
 
+BACKENDS = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 COARSE = {
     "current, of CUDA": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
     "current, of oneDNN": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
@@ -46,8 +47,9 @@ COARSE = {
 
 def precisions():
     "Everything that can be read of how float32 is multiplied; what torch refuses to say is None."
-    found = [b.fp32_precision for b in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
-    for legacy in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+    found = [backend.fp32_precision for backend in BACKENDS]
+    of_cuda = lambda: torch.backends.cuda.matmul.allow_tf32
+    for legacy in (torch.get_float32_matmul_precision, of_cuda):
         try:
             found.append(legacy())
         except RuntimeError:
@@ -58,12 +60,13 @@ def precisions():
 def usual_precision():
     yield
     torch.set_float32_matmul_precision("highest")
-    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+    for backend in BACKENDS:
         backend.fp32_precision = "none"
 
 def cropped_and_blurred():
     ids = torch.arange(20)
-    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=g)
     crops = crop_batch(images, crop_boxes(Draws(ids), 40, 40), 32)
     return random_blur(crops, Draws(ids, seed=1), p=1.0)
 
@@ -93,15 +96,17 @@ def test_a_precision_that_was_inherited_is_inherited_still(usual_precision):
 # --- a device without float64, such as Apple's GPUs
 
 APPLE = torch.device("mps")
-MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_")     # with tensors of the CPU
+# what may get tensors of the CPU as well
+MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_")
 
 class AppleTensor(torch.Tensor):
-    "Says that it is on an Apple GPU and computes on the CPU; to the inside of torch it is on `meta`."
+    "Says that it is on an Apple GPU and computes on the CPU; inside torch it is on `meta`."
     @staticmethod
     def __new__(cls, inner):
         if inner.dtype == torch.float64:
             raise TypeError("the MPS framework doesn't support float64")
-        form = dict(strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device="meta")
+        form = dict(strides=inner.stride(), storage_offset=inner.storage_offset())
+        form |= dict(dtype=inner.dtype, device="meta")
         return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **form)
 
     def __init__(self, inner):
@@ -121,7 +126,9 @@ class AppleTensor(torch.Tensor):
         return on_apple(func, args, kwargs or {})
 
 def _is_apple(value):
-    return isinstance(value, AppleTensor) or isinstance(value, torch.device) and value.type in ("mps", "meta")
+    if isinstance(value, torch.device):
+        return value.type in ("mps", "meta")
+    return isinstance(value, AppleTensor)
 
 def _inside(value):
     "What the CPU computes with instead."
@@ -136,14 +143,18 @@ def on_apple(func, args, kwargs):
     elsewhere = [t for t in tensors if not isinstance(t, AppleTensor) and t.ndim > 0]
     here = [t for t in tensors if isinstance(t, AppleTensor)]
     mixed = elsewhere and here
-    if mixed and func._schema.name not in {name.split(".")[0] for name in MAY_MIX}:
+    if mixed and func._schema.name not in MAY_MIX:
         raise RuntimeError(f"{func}: tensors must be on one device")
     made = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
     to_cpu = kwargs.get("device") == torch.device("cpu")
     if to_cpu or not any(map(_is_apple, values)):
         return made
     written = {id(t.inner): t for t in here}        # what works in place gives back what it got
-    return tree_map_only(torch.Tensor, lambda t: written[id(t)] if id(t) in written else AppleTensor(t), made)
+
+    def wrapped(t):
+        return written[id(t)] if id(t) in written else AppleTensor(t)
+
+    return tree_map_only(torch.Tensor, wrapped, made)
 
 class _Made(TorchDispatchMode):
     "Tensors that are made for `mps` are `AppleTensor`."
@@ -155,7 +166,7 @@ def _as_meta(value):
     return torch.device("meta") if is_device and value == APPLE else value
 
 class _Named(TorchFunctionMode):
-    "`mps` is `meta` before torch looks for a real one; `torch.tensor` and `as_tensor` would look into the tensors."
+    "`mps` is `meta` before torch looks for a real one; `tensor` and `as_tensor` look into tensors."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.as_tensor and isinstance(args[0], AppleTensor):
@@ -177,7 +188,8 @@ def test_the_played_device_refuses_float64_and_mixed_devices():
     with apple_gpu():
         x = to_apple(torch.ones(3))
         assert x.device == APPLE and (x + 1).device == APPLE and (x + 1).cpu().tolist() == [2, 2, 2]
-        assert torch.arange(3, device=APPLE).device == APPLE and torch.tensor([1.], device=APPLE).device == APPLE
+        assert torch.arange(3, device=APPLE).device == APPLE
+        assert torch.tensor([1.], device=APPLE).device == APPLE
         wide = dict(dtype=torch.float64)
         for wrong in (x.double, lambda: x.sum(0, **wide), lambda: torch.ones(2, **wide, device=APPLE)):
             with pytest.raises(TypeError, match="float64"):
@@ -208,8 +220,8 @@ def batch_of(name):
     labels = torch.arange(8) % 4
     if name == "paco":
         keys, key_labels = unit(20, 16), torch.arange(20) % 4
-        logits = torch.randn(8, 4, generator=g)
-        return dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels, logits=logits)
+        given = dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels)
+        return given | dict(logits=torch.randn(8, 4, generator=g))
     if name == "gpaco":
         return dict(z=unit(8, 3, 16), labels=labels, logits=torch.randn(8, 3, 4, generator=g))
     if name in ("scl", "acl", "bcl"):
@@ -269,14 +281,15 @@ def program(tmp_path, name, *args, **env):
     path = tmp_path/"program.py"
     path.write_text(f"from acl_nb.cli import {name}\n{name}()\n")
     folders = os.pathsep.join(p for p in sys.path if p)
-    form = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": folders, **env})
+    env = {**os.environ, "PYTHONPATH": folders, **env}
+    form = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
     return [sys.executable, path, *args], form
 
-@pytest.mark.parametrize("name, args, unbuffered", [("acl_train", ["--list"], ""), ("acl_data", ["list"], "1")])
-def test_a_closed_pipe_ends_a_command_quietly(tmp_path, name, args, unbuffered):
+@pytest.mark.parametrize("name, word, unbuffered", [("acl_train", "--list", ""), ("acl_data", "list", "1")])
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, name, word, unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
-    words, form = program(tmp_path, name, *args, PYTHONUNBUFFERED=unbuffered)
+    words, form = program(tmp_path, name, word, PYTHONUNBUFFERED=unbuffered)
     done = subprocess.run(words, stdout=writer, **form)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
@@ -349,9 +362,10 @@ FIELDS = dict(name="shapes", dataset="shapes_lt", imbalance="as_is", policy="pla
 
 def own_data(tmp_path):
     "The files of the tutorial, as it prints them: my_project.py, mine.py, shapes.json."
-    cells = ["".join(cell["source"]) for cell in json.loads(OWN_DATA.read_text(encoding="utf-8"))["cells"]]
-    (shapes,) = [re.search(r"class Shapes:.*?\n\n(?=\w)", text, re.S)[0] for text in cells if "class Shapes:" in text]
-    (script,) = [found[1] for text in cells if (found := re.search(r"```python\n(# mine\.py.*?)```", text, re.S))]
+    cells = json.loads(OWN_DATA.read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    shapes = re.search(r"class Shapes:.*?\n\n(?=\w)", text, re.S)[0]
+    script = re.search(r"```python\n(# mine\.py.*?)```", text, re.S)[1]
     (tmp_path/"my_project.py").write_text("import torch\n" + shapes)
     (tmp_path/"shapes.json").write_text(json.dumps(FIELDS))
     return script
@@ -372,7 +386,8 @@ def test_the_script_of_own_data_trains_once_where_workers_import_it(tmp_path):
 def test_a_script_without_the_condition_is_told_what_to_do_and_trains_nothing_else(tmp_path):
     script = own_data(tmp_path).replace('if __name__ == "__main__":\n    acl_train()', "acl_train()")
     done = trained(tmp_path, script)
-    told = [line for line in done.stderr.splitlines() if "acl_train was called by a worker process" in line]
+    said = "acl_train was called by a worker process"
+    told = [line for line in done.stderr.splitlines() if said in line]
     assert done.returncode != 0 and told and told[0].startswith("error: ")
     assert told[0].endswith('put the call below `if __name__ == "__main__":`')
     assert os.listdir(tmp_path/"runs") == ["shapes"]
