@@ -14,8 +14,11 @@ import inspect
 import json
 import os
 import re
+import select
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from .loading import LoaderDied
 from .loop import Diverged
 from .processes import Stopped
 from .probes import Probe, can_probe
-from .processes import rank
+from .processes import rank, world_size
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run
 from .report import accuracy_line, images_line
@@ -53,10 +56,30 @@ def default_folder(
     return Path("runs")/name
 
 # %% ../nbs/70_cli.ipynb #221b19b3
+def _spelt(option): return option.lstrip("-").replace("-", "_")
+
 class _Parser(argparse.ArgumentParser):
     "Says in one line what is wrong."
-    def error(self, message): self.exit(2, f"error: {message}; `{self.prog} --help` lists what there is\n")
+    def error(self, message):
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists what there is\n")
 
+    def parse_args(self, *given): # as argparse takes it
+        found, unknown = self.parse_known_args(*given)
+        options = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if options:
+            self._unknown_option(options[0])
+        if unknown:
+            self.error(f"one argument too many: {unknown[0]}")
+        return found
+
+    def _unknown_option(self, option):
+        known = {_spelt(name): name for name in self._option_string_actions}
+        near = get_close_matches(_spelt(option), known, n=1)
+        if near:
+            self.exit(2, f"error: unknown option {option}: did you mean {known[near[0]]}?\n")
+        self.error(f"unknown option {option}")
+
+# %% ../nbs/70_cli.ipynb #399ac393
 def _argument(parameter, comment):
     "(names, settings) of `add_argument` for one parameter of a signature."
     name, kind, default = parameter.name, parameter.annotation, parameter.default
@@ -66,7 +89,8 @@ def _argument(parameter, comment):
     if kind is bool: settings["action"] = "store_true"
     elif kind is list: settings |= {"nargs": "*", "action": "extend"}
     else: settings["type"] = kind
-    if parameter.kind is not parameter.KEYWORD_ONLY: return [name], settings | ({} if required else {"nargs": "?"})
+    if parameter.kind is not parameter.KEYWORD_ONLY:
+        return [name], settings | ({} if required else {"nargs": "?"})
     return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])), settings
 
 # %% ../nbs/70_cli.ipynb #06e4b2ff
@@ -82,16 +106,97 @@ def argument_parser(
     return parser
 
 # %% ../nbs/70_cli.ipynb #ceaba823
+def _number(variable):
+    "A whole number of the environment; None where there is none."
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else None
+
+def _speaker(e):
+    "What this process's message begins with; None where another process says the same."
+    if world_size() > 1:
+        alike = isinstance(e, KeyboardInterrupt) or getattr(e, "shared", False)
+        if rank() == 0: return ""
+        return None if alike else f"rank {rank()}: "
+    number = _number("RANK")
+    if number is None or (_number("WORLD_SIZE") or 1) == 1: return ""
+    on_node = _number("LOCAL_RANK")
+    first = number == 0 if on_node is None else on_node == 0
+    if not first: return None
+    return f"rank {number}: " if number else ""
+
+# %% ../nbs/70_cli.ipynb #31147fae
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-def _end(kind, e, code):
-    said = str(e).split("checks.BadInput: ")[-1]                    # of a worker's traceback, what it is about
-    if int(os.environ.get("RANK", rank())) == 0: tqdm.write(f"{kind}: {' '.join(said.split())}", file=sys.stderr)     # above a bar
+def _end(kind, e, code, said=None):
+    said = " ".join((said or str(e)).split("checks.BadInput: ")[-1].split())
+    speaker = _speaker(e)
+    if speaker is not None:
+        tqdm.write(f"{speaker}{kind}: {said}", file=sys.stderr)     # above a progress bar
     sys.exit(code)
 
+@contextmanager
+def _errors_in_one_line():
+    try: yield
+    except BadInput as e: _end("error", e, 2)
+    except Diverged as e: _end("error", e, 1)
+    except Stopped as e: _end("stopped", e, e.code)
+    except KeyboardInterrupt as e: _end("stopped", e, 130, "the same command goes on from the last checkpoint")
+    except OSError as e:
+        named = isinstance(e.filename, (str, os.PathLike))
+        if not named and e.errno not in _FULL: raise
+        _end("error", e, 1, f"{e.filename}: {e.strerror}" if named else None)
+
+# %% ../nbs/70_cli.ipynb #af20d584
+@contextmanager
+def _any_character():
+    "What stdout and stderr cannot encode is replaced."
+    streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    before = [s.errors for s in streams]
+    for s in streams: s.reconfigure(errors="replace")
+    try: yield
+    finally:
+        for s, errors in zip(streams, before):
+            if not s.closed: s.reconfigure(errors=errors)
+
+def _unread(stream):
+    "Is it a pipe whose reader has gone?"
+    try:
+        stream.flush()
+        watch = select.poll()
+        watch.register(stream.fileno(), 0)
+    except BrokenPipeError: return True
+    except (AttributeError, OSError, ValueError): return False     # no poll on Windows, no file in a notebook
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+# %% ../nbs/70_cli.ipynb #4f0404d1
+@contextmanager
+def _quiet_when_unread():
+    "Exit with 141 where the reader of the output has gone; a pipe of another kind that breaks is an error."
+    try:
+        try: yield
+        finally:
+            if sys.stdout is not None: sys.stdout.flush()
+    except BrokenPipeError:
+        unread = [s for s in (sys.stdout, sys.stderr) if _unread(s)]
+        if not unread: raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for s in unread: os.dup2(nowhere, s.fileno())
+        sys.exit(128 + 13)                                         # SIGPIPE
+
+# %% ../nbs/70_cli.ipynb #91cf8719
+def _is_module(frame, name):
+    "Is it the code of a file itself, not of a function, run under that name?"
+    return frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == name
+
 def _called_by_a_program(frame):
-    "Is this the last line of a script, as in what pip makes of `console_scripts`? In a notebook and in a function it is not."
-    return frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__" and "__file__" in frame.f_globals
+    "Is this the last line of a script? In a notebook and in a function it is not."
+    return _is_module(frame, "__main__") and "__file__" in frame.f_globals
+
+def _refuse_second_import(name, frame):
+    while frame is not None:
+        rule = f'{name} was called by a worker process that imports this script again: put the call below `if __name__ == "__main__":`'
+        require(not _is_module(frame, "__mp_main__"), rule)
+        frame = frame.f_back
 
 # %% ../nbs/70_cli.ipynb #59012dd9
 def command(
@@ -100,15 +205,12 @@ def command(
     "Make a command: its arguments from the command line where a program calls it without any; one line in place of a traceback."
     @wraps(f)
     def run(*args, **kwargs):
-        if not args and not kwargs and _called_by_a_program(sys._getframe(1)): kwargs = vars(argument_parser(f).parse_args())
-        try: return f(*args, **kwargs)
-        except BadInput as e: _end("error", e, 2)
-        except Diverged as e: _end("error", e, 1)
-        except Stopped as e: _end("stopped", e, e.code)
-        except KeyboardInterrupt: _end("stopped", "the same command goes on from the last checkpoint", 130)
-        except OSError as e:
-            if e.errno not in _FULL: raise
-            _end("error", e, 1)
+        caller = sys._getframe(1)
+        with _quiet_when_unread(), _any_character(), _errors_in_one_line():
+            _refuse_second_import(f.__name__, caller)
+            if not args and not kwargs and _called_by_a_program(caller):
+                kwargs = vars(argument_parser(f).parse_args())
+            return f(*args, **kwargs)
     return run
 
 # %% ../nbs/70_cli.ipynb #8c7a5474

@@ -127,7 +127,7 @@ def test_report_of_many_classes_stays_light(tmp_path, probed):
 def test_the_doctor_sees_every_part_of_a_machine(tmp_path):
     r = started("acl_doctor", cwd=tmp_path)
     lines = [line.split(maxsplit=2) for line in r.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["devices", "precision", "compile", "gather", "decode", "views", "parity", "disk"], r.stderr
+    assert [line[0] for line in lines] == ["devices", "precision", "compile", "gather", "decode", "views", "parity", "shared", "disk"], r.stderr
     assert all(line[1] in ("ok", "slow", "missing") for line in lines) and (r.returncode, r.stderr) == (0, "")
 
 def test_what_a_recipe_needs_and_lacks_is_exit_1(tmp_path, monkeypatch, capsys):

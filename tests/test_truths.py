@@ -1,19 +1,41 @@
 "Small truths that once were not: each test was red before its fault was mended."
+import errno
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from acl_nb import doctor
+from acl_nb.checks import BadInput, usable_cpus
+from acl_nb.cli import acl_data, acl_train, argument_parser, command
+from acl_nb.doctor import acl_doctor
+from acl_nb.evaluation import acl_eval
 from acl_nb.losses import LOSSES, make_loss
+from acl_nb.recipes import recipe
+from acl_nb.studies import acl_study
+from acl_nb.trainer import Training
 from acl_nb.views import POLICIES, Draws, ViewPipeline
 from acl_nb.views.crops import crop_batch, crop_boxes, random_blur
+from ranks import finish, start
 
 # --- TF32
 
+BACKENDS = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 COARSE = {
     "current, of CUDA": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
     "current, of oneDNN": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
@@ -25,8 +47,9 @@ COARSE = {
 
 def precisions():
     "Everything that can be read of how float32 is multiplied; what torch refuses to say is None."
-    found = [b.fp32_precision for b in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
-    for legacy in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+    found = [backend.fp32_precision for backend in BACKENDS]
+    of_cuda = lambda: torch.backends.cuda.matmul.allow_tf32
+    for legacy in (torch.get_float32_matmul_precision, of_cuda):
         try:
             found.append(legacy())
         except RuntimeError:
@@ -37,12 +60,13 @@ def precisions():
 def usual_precision():
     yield
     torch.set_float32_matmul_precision("highest")
-    for backend in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+    for backend in BACKENDS:
         backend.fp32_precision = "none"
 
 def cropped_and_blurred():
     ids = torch.arange(20)
-    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 40, 40), dtype=torch.uint8, generator=g)
     crops = crop_batch(images, crop_boxes(Draws(ids), 40, 40), 32)
     return random_blur(crops, Draws(ids, seed=1), p=1.0)
 
@@ -72,15 +96,17 @@ def test_a_precision_that_was_inherited_is_inherited_still(usual_precision):
 # --- a device without float64, such as Apple's GPUs
 
 APPLE = torch.device("mps")
-MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_")     # with tensors of the CPU
+# what may get tensors of the CPU as well
+MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_")
 
 class AppleTensor(torch.Tensor):
-    "Says that it is on an Apple GPU and computes on the CPU; to the inside of torch it is on `meta`."
+    "Says that it is on an Apple GPU and computes on the CPU; inside torch it is on `meta`."
     @staticmethod
     def __new__(cls, inner):
         if inner.dtype == torch.float64:
             raise TypeError("the MPS framework doesn't support float64")
-        form = dict(strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device="meta")
+        form = dict(strides=inner.stride(), storage_offset=inner.storage_offset())
+        form |= dict(dtype=inner.dtype, device="meta")
         return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **form)
 
     def __init__(self, inner):
@@ -100,7 +126,9 @@ class AppleTensor(torch.Tensor):
         return on_apple(func, args, kwargs or {})
 
 def _is_apple(value):
-    return isinstance(value, AppleTensor) or isinstance(value, torch.device) and value.type in ("mps", "meta")
+    if isinstance(value, torch.device):
+        return value.type in ("mps", "meta")
+    return isinstance(value, AppleTensor)
 
 def _inside(value):
     "What the CPU computes with instead."
@@ -115,22 +143,30 @@ def on_apple(func, args, kwargs):
     elsewhere = [t for t in tensors if not isinstance(t, AppleTensor) and t.ndim > 0]
     here = [t for t in tensors if isinstance(t, AppleTensor)]
     mixed = elsewhere and here
-    if mixed and func._schema.name not in {name.split(".")[0] for name in MAY_MIX}:
+    if mixed and func._schema.name not in MAY_MIX:
         raise RuntimeError(f"{func}: tensors must be on one device")
     made = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
     to_cpu = kwargs.get("device") == torch.device("cpu")
     if to_cpu or not any(map(_is_apple, values)):
         return made
     written = {id(t.inner): t for t in here}        # what works in place gives back what it got
-    return tree_map_only(torch.Tensor, lambda t: written[id(t)] if id(t) in written else AppleTensor(t), made)
+
+    def wrapped(t):
+        return written[id(t)] if id(t) in written else AppleTensor(t)
+
+    return tree_map_only(torch.Tensor, wrapped, made)
 
 class _Made(TorchDispatchMode):
     "Tensors that are made for `mps` are `AppleTensor`."
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return on_apple(func, args, kwargs or {})
 
+def _as_meta(value):
+    is_device = isinstance(value, torch.device)
+    return torch.device("meta") if is_device and value == APPLE else value
+
 class _Named(TorchFunctionMode):
-    "`mps` is `meta` before torch looks for a real one; `torch.tensor` and `as_tensor` would look into the tensors."
+    "`mps` is `meta` before torch looks for a real one; `tensor` and `as_tensor` look into tensors."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.as_tensor and isinstance(args[0], AppleTensor):
@@ -138,8 +174,7 @@ class _Named(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == APPLE:
             on_cpu = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
             return AppleTensor(on_cpu)
-        args, kwargs = tree_map(lambda v: torch.device("meta") if isinstance(v, torch.device) and v == APPLE else v, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*tree_map(_as_meta, args), **tree_map(_as_meta, kwargs))
 
 @contextmanager
 def apple_gpu():
@@ -153,8 +188,10 @@ def test_the_played_device_refuses_float64_and_mixed_devices():
     with apple_gpu():
         x = to_apple(torch.ones(3))
         assert x.device == APPLE and (x + 1).device == APPLE and (x + 1).cpu().tolist() == [2, 2, 2]
-        assert torch.arange(3, device=APPLE).device == APPLE and torch.tensor([1.], device=APPLE).device == APPLE
-        for wrong in (x.double, lambda: x.sum(0, dtype=torch.float64), lambda: torch.ones(2, dtype=torch.float64, device=APPLE)):
+        assert torch.arange(3, device=APPLE).device == APPLE
+        assert torch.tensor([1.], device=APPLE).device == APPLE
+        wide = dict(dtype=torch.float64)
+        for wrong in (x.double, lambda: x.sum(0, **wide), lambda: torch.ones(2, **wide, device=APPLE)):
             with pytest.raises(TypeError, match="float64"):
                 wrong()
         with pytest.raises(RuntimeError, match="one device"):
@@ -183,8 +220,8 @@ def batch_of(name):
     labels = torch.arange(8) % 4
     if name == "paco":
         keys, key_labels = unit(20, 16), torch.arange(20) % 4
-        key_labels[:8] = labels
-        return dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels, logits=torch.randn(8, 4, generator=g))
+        given = dict(q=keys[:8].clone(), keys=keys, labels=labels, key_labels=key_labels)
+        return given | dict(logits=torch.randn(8, 4, generator=g))
     if name == "gpaco":
         return dict(z=unit(8, 3, 16), labels=labels, logits=torch.randn(8, 3, 4, generator=g))
     if name in ("scl", "acl", "bcl"):
@@ -211,3 +248,180 @@ def test_every_loss_works_without_float64(name):
         assert len(here) == len(there) >= 2
         for a, b in zip(here, there):
             assert torch.allclose(a, b, atol=1e-6), name
+
+# --- the command line
+
+COMMANDS = [acl_train, acl_data, acl_eval, acl_doctor, acl_study]
+
+def exit_of(f, capsys):
+    "(exit code, stderr) of what ends the process."
+    with pytest.raises(SystemExit) as exit:
+        f()
+    return exit.value.code, capsys.readouterr().err
+
+@pytest.mark.parametrize("f", COMMANDS, ids=lambda f: f.__name__)
+def test_an_unknown_option_is_one_sentence_with_the_nearest(f, capsys):
+    parser = argument_parser(f)
+    option = [name for name in parser._option_string_actions if len(name) > 4][-1]
+    misspelt = option + "x"
+    given = [misspelt, "3"] if f is not acl_eval else ["run", misspelt]
+    said = f"error: unknown option {misspelt}: did you mean {option}?\n"
+    assert exit_of(lambda: parser.parse_args(given), capsys) == (2, said)
+    code, said = exit_of(lambda: parser.parse_args(["a", "b", "c"]), capsys)
+    assert code == 2 and said.startswith("error: one argument too many: ") and said.count("\n") == 1
+
+def test_vews_is_views_by_the_installed_command(monkeypatch, capsys):
+    script = os.path.join(os.path.dirname(sys.executable), "acl_train")
+    monkeypatch.setattr(sys, "argv", [script, "--vews", "3"])
+    ended = exit_of(lambda: runpy.run_path(script, run_name="__main__"), capsys)
+    assert ended == (2, "error: unknown option --vews: did you mean --views?\n")
+
+def program(tmp_path, name, *args, **env):
+    "A process that runs a command as a script does: (arguments of Popen)."
+    path = tmp_path/"program.py"
+    path.write_text(f"from acl_nb.cli import {name}\n{name}()\n")
+    folders = os.pathsep.join(p for p in sys.path if p)
+    env = {**os.environ, "PYTHONPATH": folders, **env}
+    form = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
+    return [sys.executable, path, *args], form
+
+@pytest.mark.parametrize("name, word, unbuffered", [("acl_train", "--list", ""), ("acl_data", "list", "1")])
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, name, word, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words, form = program(tmp_path, name, word, PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(words, stdout=writer, **form)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp932"])
+def test_a_console_that_lacks_a_character_ends_nothing(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    @command
+    def speaks():
+        print("few – × 5")
+        raise BadInput("`x` must be – there")
+
+    with pytest.raises(SystemExit):
+        speaks()
+    acl_data("list")
+    err.flush()
+    assert err.buffer.getvalue() == "error: `x` must be – there\n".encode(encoding, "replace")
+    assert b"few ? " in out.buffer.getvalue() and b"imagenet_lt" in out.buffer.getvalue()
+
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(errno.EACCES, "Permission denied", "/data/train"), "error: /data/train: Permission denied\n"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a_file/x"), "error: a_file/x: Not a directory\n"),
+])
+def test_a_file_that_may_not_be_used_is_one_sentence_with_its_path(capsys, error, said):
+    @command
+    def fails():
+        raise error
+
+    assert exit_of(fails, capsys) == (1, said)
+
+@pytest.mark.parametrize("rank", ["", "1", "x"])
+def test_a_rank_in_the_environment_swallows_nothing(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    ended = exit_of(lambda: acl_train("digts_lt"), capsys)
+    assert ended == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt?\n")
+
+def one_rank_fails(shared):
+    dist.init_process_group("gloo")
+
+    @command
+    def fails():
+        if shared:
+            error = BadInput("all know this")
+            error.shared = True
+            raise error
+        if dist.get_rank() == 1:
+            raise BadInput("broken.jpg must be readable")
+
+    fails()
+
+@pytest.mark.parametrize("shared, codes, told", [
+    (False, [0, 2], "rank 1: error: broken.jpg must be readable\n"),
+    (True, [2, 2], "error: all know this\n"),
+])
+def test_an_error_of_one_rank_is_told_by_it_and_one_of_all_once(tmp_path, shared, codes, told):
+    said = tmp_path/"said"
+    assert finish(start(one_rank_fails, shared, said=said, world=2)) == codes
+    lines = [line for line in said.read_text().splitlines(True) if "[W" not in line]
+    assert "".join(lines) == told
+
+# --- workers that import the script again
+
+OWN_DATA = Path(__file__).parent.parent/"nbs"/"tutorials"/"own_data.ipynb"
+SPAWN = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+FIELDS = dict(name="shapes", dataset="shapes_lt", imbalance="as_is", policy="plain",
+              epochs=1, batch_size=32, dim=8, hidden=8)
+
+def own_data(tmp_path):
+    "The files of the tutorial, as it prints them: my_project.py, mine.py, shapes.json."
+    cells = json.loads(OWN_DATA.read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    shapes = re.search(r"class Shapes:.*?\n\n(?=\w)", text, re.S)[0]
+    script = re.search(r"```python\n(# mine\.py.*?)```", text, re.S)[1]
+    (tmp_path/"my_project.py").write_text("import torch\n" + shapes)
+    (tmp_path/"shapes.json").write_text(json.dumps(FIELDS))
+    return script
+
+def trained(tmp_path, script):
+    "The process of `python mine.py` with one worker that is spawned."
+    (tmp_path/"mine.py").write_text(SPAWN + script)
+    folders = os.pathsep.join(p for p in sys.path if p)
+    words = [sys.executable, "mine.py", "--recipe", "shapes.json", "--workers", "1"]
+    form = dict(cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, **form, env={**os.environ, "PYTHONPATH": folders})
+
+def test_the_script_of_own_data_trains_once_where_workers_import_it(tmp_path):
+    done = trained(tmp_path, own_data(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path/"runs") == ["shapes"] and "runs/shapes/report.html" in done.stdout
+
+def test_a_script_without_the_condition_is_told_what_to_do_and_trains_nothing_else(tmp_path):
+    script = own_data(tmp_path).replace('if __name__ == "__main__":\n    acl_train()', "acl_train()")
+    done = trained(tmp_path, script)
+    said = "acl_train was called by a worker process"
+    told = [line for line in done.stderr.splitlines() if said in line]
+    assert done.returncode != 0 and told and told[0].startswith("error: ")
+    assert told[0].endswith('put the call below `if __name__ == "__main__":`')
+    assert os.listdir(tmp_path/"runs") == ["shapes"]
+
+# --- the doctor
+
+def test_a_slow_first_step_is_not_the_rate(monkeypatch):
+    waits = iter([0.5])
+
+    def train_step(self, batches):
+        time.sleep(next(waits, 0.01))
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    small = recipe("digits_lt", dim=8, hidden=8)
+    data = doctor.stand_in([1, 8, 8], torch.full((10,), 10))
+    assert doctor.step_rate(small, data, seconds=0.1) > 64 / 0.2
+
+def test_the_doctor_sees_too_little_shared_memory(monkeypatch):
+    photographs = recipe("imagenet_lt_resnet50_90", data="nowhere")
+    check = {"shared": doctor.CHECKS["shared"]}
+    for free, word in ((64e6, "fails"), (64e9, "ok")):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+        monkeypatch.setattr("pathlib.Path.is_dir", lambda path: True)
+        assert doctor.diagnose(photographs, check)["shared"].word == word
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda path: False)
+    assert doctor.diagnose(photographs, check)["shared"].word == "missing"
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to CPUs")
+def test_cpus_are_those_that_may_be_used(monkeypatch):
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert usable_cpus() == 1
+        note = doctor.CHECKS["devices"](None).note
+        assert torch.cuda.is_available() or "no GPU; 1 CPUs" in note
+    finally:
+        os.sched_setaffinity(0, mine)
