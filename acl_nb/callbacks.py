@@ -21,7 +21,7 @@ from .datasets.decoders import Note
 from .loop import Diverged, Training
 from .momentum import MomentumCopy
 from .networks import Network, save_network
-from .processes import rank
+from .processes import all_max, rank
 from .records import BALANCE, HISTORY, Run, append_row, cut_rows, read_rows, write_json, write_predictions
 from .report import percent, write_report
 
@@ -139,7 +139,7 @@ class Saver:
     def save(self, run): # the `Training`; all processes together
         "Write a checkpoint of the run as it is."
         if self.place == (run.epoch, run.batch): return                     # it is written
-        if not is_finite(run.parts): raise Diverged("weights or their momenta are no longer numbers")
+        if all_max(int(not is_finite(run.parts))): raise Diverged("weights or their momenta are no longer numbers")
         checkpoint = run.checkpoint()
         if rank() == 0: save_checkpoint(self.out/"checkpoint", checkpoint)
         self.saved, self.place = time.monotonic(), (run.epoch, run.batch)

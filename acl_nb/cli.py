@@ -33,9 +33,8 @@ from .datasets import fetch_lists, find_list, load_lists, usual_counts
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .loading import LoaderDied
 from .loop import Diverged
-from .processes import Stopped
 from .probes import Probe, can_probe
-from .processes import rank, world_size
+from .processes import Stopped, rank, world_size
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run
 from .report import accuracy_line, images_line
@@ -114,9 +113,8 @@ def _number(variable):
 def _speaker(e):
     "What this process's message begins with; None where another process says the same."
     if world_size() > 1:
-        alike = isinstance(e, KeyboardInterrupt) or getattr(e, "shared", False)
-        if rank() == 0: return ""
-        return None if alike else f"rank {rank()}: "
+        if getattr(e, "shared", False) or isinstance(e, KeyboardInterrupt) and rank() > 0: return None
+        return f"rank {rank()}: " if rank() else ""
     number = _number("RANK")
     if number is None or (_number("WORLD_SIZE") or 1) == 1: return ""
     on_node = _number("LOCAL_RANK")
@@ -138,7 +136,7 @@ def _end(kind, e, code, said=None):
 def _errors_in_one_line():
     try: yield
     except BadInput as e: _end("error", e, 2)
-    except Diverged as e: _end("error", e, 1)
+    except (Diverged, LoaderDied, ProcessLost) as e: _end("error", e, 1)
     except Stopped as e: _end("stopped", e, e.code)
     except KeyboardInterrupt as e: _end("stopped", e, 130, "the same command goes on from the last checkpoint")
     except OSError as e:

@@ -64,7 +64,7 @@ def _start(recipe, out, found, accelerator, workers):
 def _explained(error, training, out):
     "`Diverged`, with where it happened and what is left."
     step = training.step - error.made
-    good = from_first(lambda: latest(out/"checkpoint"))
+    good = latest(out/"checkpoint") if rank() == 0 else None
     left = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
     made = Diverged(f"training diverged in epoch {step // training.parts.steps + 1}, step {step + 1}, at learning rate "
                     f"{training.parts.lr(step):.3g}: {error}; a smaller learning rate usually helps; {left}")
