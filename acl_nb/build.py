@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['start_processes', 'find_setup', 'half_precision', 'build_data', 'build_network', 'freeze_unread', 'build_objective',
-           'build_optimizer', 'build_views', 'KeySource', 'build_keys', 'Parts', 'averaged', 'is_finite', 'build']
+           'build_optimizer', 'build_views', 'build_keys', 'Parts', 'put_at', 'averaged', 'is_finite', 'build']
 
 # %% ../nbs/55_build.ipynb #02fa3ad7
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from torch.utils.data import DataLoader
 from .checks import require
 from .datasets import DATASETS, LongTailed
 from .encoders import freeze_early, load_pretrained
-from .loading import EpochBatches, count_workers, cut_where_decoded, load_batches, share_of_test
+from .loading import EpochBatches, count_workers, cut_where_decoded
+from .loading import load_batches, share_of_test
 from .losses import Objective, class_balanced_weights, loss_traits
-from .momentum import KeyQueue, MomentumCopy
+from .keys import EncoderKeys, KeySource, QueueKeys
 from .networks import Network
-from .pairs import flatten_views
-from .processes import all_gather, all_or_none, require_same, seed_rank, world_size
+from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
 from .views import ViewPipeline
 
@@ -33,30 +34,37 @@ from .views import ViewPipeline
 def _whole(name):
     "The number in an environment variable; None where it is not set."
     text = os.environ.get(name)
-    require(text is None or text.isdigit(), f"the environment variable {name} must be a whole number or not set", repr(text))
+    rule = f"the environment variable {name} must be a whole number or not set"
+    require(text is None or text.isdigit(), rule, repr(text))
     return None if text is None else int(text)
+
+_TOGETHER = ("launch several processes with torchrun, "
+             "or unset the environment variables RANK and WORLD_SIZE")
+_ONE_PER_NODE = ("SLURM must start one task per node, with torchrun in it "
+                 "(srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS …)")
 
 def _check_launch():
     "Refuse variables of a launcher that do not fit together."
     number, of = _whole("RANK"), _whole("WORLD_SIZE")
-    rule = "launch several processes with torchrun, or unset the environment variables RANK and WORLD_SIZE"
-    require(number is None or of is not None, rule, f"RANK={number} without WORLD_SIZE")
-    require(number is None or number < of, rule, f"RANK={number} of WORLD_SIZE={of}")
-    require(number is not None or of in (None, 1), rule, f"WORLD_SIZE={of} without RANK")
+    require(number is None or of is not None, _TOGETHER, f"RANK={number} without WORLD_SIZE")
+    require(number is None or number < of, _TOGETHER, f"RANK={number} of WORLD_SIZE={of}")
+    require(number is not None or of in (None, 1), _TOGETHER, f"WORLD_SIZE={of} without RANK")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    require((of or 1) == 1 or not missing, rule, f"WORLD_SIZE={of} without {' and '.join(missing)}")
-    tasks = _whole("SLURM_NTASKS") if "SLURM_PROCID" in os.environ and of is None else None
-    require(tasks in (None, 1), "SLURM must start one task per node, with torchrun in it "
-            "(srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS …)", f"{tasks} tasks without torchrun")
+    alone = of in (None, 1)
+    require(alone or not missing, _TOGETHER, f"WORLD_SIZE={of} without {' and '.join(missing)}")
+    if of is None and "SLURM_PROCID" in os.environ:
+        tasks = _whole("SLURM_NTASKS")
+        require(tasks in (None, 1), _ONE_PER_NODE, f"{tasks} tasks without torchrun")
 
 # %% ../nbs/55_build.ipynb #57b7bee1
-def start_processes() -> Accelerator: # with this process's device; one process when nothing launched more
-    "Join the processes of this launch."
+def start_processes() -> Accelerator: # with this process's device
+    "Join the processes of this launch; one process where nothing launched more."
     _check_launch()
     averaging = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[averaging])
-    assert accelerator.num_processes == world_size() and (world_size() == 1 or accelerator.use_distributed)
+    alone = world_size() == 1
+    assert accelerator.num_processes == world_size() and (alone or accelerator.use_distributed)
     return accelerator
 
 # %% ../nbs/55_build.ipynb #8ce987e7
@@ -72,12 +80,14 @@ def _native_bf16(device):
 def find_setup(
     recipe:Recipe,        # the settings
     device:torch.device,  # where it will run
-) -> dict:                # "device", "processes", "precision", "test_precision": how a run is computed, for its record
-    "Resolve what a recipe leaves to the machine."
-    require(not recipe.sync_bn or device.type == "cuda", "`sync_bn` needs GPUs", f"the device {device.type}")
+) -> dict:                # device, processes, precision and test_precision, for its record
+    "How a run is computed: what a recipe leaves to the machine."
+    possible = not recipe.sync_bn or device.type == "cuda"
+    require(possible, "`sync_bn` needs GPUs", f"the device {device.type}")
     auto = "bf16" if _native_bf16(device) else "fp32"
     precision = auto if recipe.precision == "auto" else recipe.precision
-    return {"device": device.type, "processes": world_size(), "precision": precision, "test_precision": precision}
+    return {"device": device.type, "processes": world_size(),
+            "precision": precision, "test_precision": precision}
 
 def half_precision(
     device:torch.device,  # where the network is
@@ -108,7 +118,8 @@ def _build_data_once_per_machine(r, accelerator):
     for first in (True, False):
         mine = accelerator.is_local_main_process == first
         data = all_or_none(lambda: build_data(r) if mine else data)
-    if world_size() > 1: require_same("the images of a run, by their SHA-256,", data.describe()["sha256"])
+    if world_size() > 1:
+        require_same("the images of a run, by their SHA-256,", data.describe()["sha256"])
     return data
 
 # %% ../nbs/55_build.ipynb #bdad4559
@@ -118,8 +129,10 @@ def build_network(
 ) -> Network:         # on the CPU
     "The network of a recipe, with its initial weights."
     torch.manual_seed(r.seed)
-    scale = r.scale if r.readout == "classifier" else 1 / r.temperature      # cosines as the loss sees them
-    network = Network(len(data.classes), len(data.mean), r.encoder, r.dim, r.hidden, r.classifier, scale, r.centers, r.readout)
+    as_the_loss = 1 / r.temperature      # so are centres compared
+    scale = r.scale if r.readout == "classifier" else as_the_loss
+    network = Network(len(data.classes), len(data.mean), r.encoder, r.dim, r.hidden,
+                      r.classifier, scale, r.centers, r.readout)
     if r.pretrained: load_pretrained(network.encoder, r.encoder)
     if r.freeze: freeze_early(network.encoder)
     if r.sync_bn: network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -133,7 +146,8 @@ def freeze_unread(
     "Freeze what the recipe's loss does not reach."
     traits = loss_traits(r.loss)
     if traits.kind == "classifier": network.head.requires_grad_(False)
-    if traits.centers == "none" and network.centers is not None: network.centers.requires_grad_(False)
+    if traits.centers == "none" and network.centers is not None:
+        network.centers.requires_grad_(False)
     if r.readout == "classifier": return
     for name, weight in network.classifier.named_parameters():
         weight.requires_grad_(r.centers == "weights" and name == "weight")
@@ -145,70 +159,45 @@ def build_objective(
     weights:torch.Tensor=None,   # [C] of the classes, of ldam alone
 ) -> Objective:
     "The loss of a recipe."
-    more = {} if weights is None else {"weights": weights}
-    return Objective(r.loss, counts, r.weight, r.readout == "classifier", temperature=r.temperature, aligned=r.aligned,
-                     negatives=r.negatives, tau=r.tau, alpha=r.alpha, scale=r.scale, **more)
+    fields_of_losses = ("temperature", "aligned", "negatives", "tau", "alpha", "scale")
+    settings = {field: getattr(r, field) for field in fields_of_losses}
+    if weights is not None: settings["weights"] = weights
+    return Objective(r.loss, counts, r.weight, r.readout == "classifier", **settings)
 
 def build_optimizer(
     r:Recipe,         # of the run
     network:Network,  # on its device
 ) -> torch.optim.Optimizer:
     "SGD over all weights; those without a gradient stay."
-    fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())
-    return torch.optim.SGD(network.parameters(), r.lr, r.momentum, weight_decay=r.weight_decay, fused=fused)
+    weights = list(network.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") for p in weights)
+    return torch.optim.SGD(weights, r.lr, r.momentum, weight_decay=r.weight_decay, fused=fused)
 
+# %% ../nbs/55_build.ipynb #4292f7bc
 def build_views(
     r:Recipe,         # of the run
     data:LongTailed,  # its data
-) -> tuple:           # the `ViewPipeline` of training and the plain one of tests
+) -> tuple:           # the `ViewPipeline` of training, and the plain one of tests
     "What makes the views of an image."
-    named = r.policy.split("+")
+    named, size = r.policy.split("+"), data.train.shape[-1]
     policies = named + named[-1:] * (r.views - len(named))
-    def of(policies): return ViewPipeline(policies, data.train.shape[-1], data.mean, data.std, r.seed)
-    return of(policies[:r.views]), of("eval")
+    training = ViewPipeline(policies[:r.views], size, data.mean, data.std, r.seed)
+    return training, ViewPipeline("eval", size, data.mean, data.std, r.seed)
 
-# %% ../nbs/55_build.ipynb #b491c6db
-class KeySource(nn.Module):
-    "Keys beside the batch: other views by a second encoder, past keys from a queue, both, or none."
-    def __init__(self,
-        network:Network=None,  # to copy as the second encoder; None: none
-        momentum:float=0.999,  # of the copy
-        size:int=0,            # past keys in the queue; 0: no queue
-        dim:int=0,             # D, numbers per key
-    ):
-        super().__init__()
-        self.copy = None if network is None else MomentumCopy(network, momentum)
-        self.queue = KeyQueue(size, dim) if size else None
-
-    def asking(self, views): # [B, V, C, H, W] -> the views that the trained network sees
-        return views if self.copy is None else views[:, :1]
-
-    def forward(self,
-        views:torch.Tensor,   # [B, V, C, H, W], of this process
-        z:torch.Tensor,       # [B, V, D] embeddings of all processes
-        labels:torch.Tensor,  # [B] of all processes
-    ) -> tuple:               # keys [K, D] and labels [K]; () where there are none
-        "The keys for a batch; those that it leaves itself wait in the queue for the next."
-        if self.copy is None and self.queue is None: return ()
-        if self.copy is not None: z = all_gather(self.copy(views[:, 1:]).z)
-        new = flatten_views(z.detach(), labels)
-        old = (new[0][:0], new[1][:0]) if self.queue is None else self.queue.contents()
-        if self.queue is not None: self.queue.push(*new)
-        return old if self.copy is None else tuple(torch.cat(pair) for pair in zip(new, old))
-
-    def follow(self, network): # after its step; not wrapped for several processes
-        if self.copy is not None: self.copy.update(network)
-
+# %% ../nbs/55_build.ipynb #4b03cf6b
 def build_keys(
     r:Recipe,         # of the run
     network:Network,  # on its device
 ) -> KeySource:
-    "The key source of a recipe: empty for most losses."
-    second = network if loss_traits(r.loss).keys == "encoder" else None
-    device = next(network.parameters()).device
-    return KeySource(second, r.key_momentum, r.queue, r.dim).to(device)
+    "The key source of a recipe."
+    kind, device = loss_traits(r.loss).keys, next(network.parameters()).device
+    if kind == "none": return KeySource()
+    if kind == "queue": return QueueKeys(r.queue, r.dim).to(device)
+    return EncoderKeys(network, r.key_momentum, r.queue, r.dim).to(device)
 
 # %% ../nbs/55_build.ipynb #52d52e80
+_LEARNING = {"network": "bare", "optimizer": "optimizer", "scaler": "scaler", "keys": "keys"}
+
 @dataclass
 class Parts:
     "Everything that a recipe names, built."
@@ -233,23 +222,35 @@ class Parts:
     scaler: torch.amp.GradScaler
 
     device = property(lambda self: self.accelerator.device, doc="Where this process computes.")
-    steps  = property(lambda self: -(-len(self.batches) // self.recipe.accumulate),
-                      doc="Steps of an epoch; the last one may average fewer batches than `accumulate`.")
+
+    @property
+    def steps(self): # of an epoch; the last one may average fewer batches than `accumulate`
+        return math.ceil(len(self.batches) / self.recipe.accumulate)
 
     def lr(self, step): # 0, 1, … of the run -> learning rate of that step
         r, total = self.recipe, self.recipe.epochs * self.steps
         return r.lr * lr_factor(min(step, total - 1), total, r.schedule, r.warmup)
 
     def objective_at(self, epoch): # 0, 1, … -> the `Objective` of that epoch
-        return self.objective if self.late is None or epoch / self.recipe.epochs < self.recipe.drw else self.late
+        if self.late is None: return self.objective
+        return self.objective if epoch / self.recipe.epochs < self.recipe.drw else self.late
 
     def half(self): # a context: the encoder in the setup's precision
         return half_precision(self.device, self.setup["precision"])
 
     def learning(self): # name -> what has a state
-        return {"network": self.bare, "optimizer": self.optimizer, "scaler": self.scaler, "keys": self.keys}
+        return {name: getattr(self, part) for name, part in _LEARNING.items()}
 
 # %% ../nbs/55_build.ipynb #f960a77e
+def put_at(
+    parts:Parts,  # of a run
+    epoch:int,    # 0, 1, …
+    batch:int,    # 0, 1, … of the epoch
+):
+    "The loader then begins there."
+    parts.batches.epoch, parts.batches.start = epoch, batch
+    if hasattr(parts.train, "epoch"): parts.train.epoch.fill_(epoch)
+
 def averaged(
     parts:Parts,  # of a run
     last:bool,    # batch of the step?
@@ -261,8 +262,39 @@ def is_finite(
     parts:Parts,  # of a run
 ) -> bool:
     "Are all weights, running statistics and momenta numbers?"
-    momenta = [t for state in parts.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    return all(t.isfinite().all() for t in [*parts.bare.state_dict().values(), *momenta])
+    tensors = list(parts.bare.state_dict().values())
+    for state in parts.optimizer.state.values():
+        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    return all(t.isfinite().all() for t in tensors)
+
+# %% ../nbs/55_build.ipynb #0ebec498
+def _build_loading(r, data, workers):
+    "The fields of `Parts` from `views` to `workers`."
+    views, plain = build_views(r, data)
+    train, test = cut_where_decoded(data.train, views), cut_where_decoded(data.test, plain)
+    batches = EpochBatches(len(train), r.batch_size, r.seed)
+    images = batches.size // world_size()
+    rule = "a process's batch must hold at least two views, for its batch statistics"
+    require(images * r.views >= 2, rule, images * r.views)
+    workers = count_workers(train, images, workers)
+    return dict(views=views, plain=plain, train=train, test=test, batches=batches, workers=workers,
+                loader=load_batches(train, batches, workers),
+                test_loader=load_batches(test, share_of_test(len(test)), workers))
+
+# %% ../nbs/55_build.ipynb #e5e62066
+def _build_learning(r, data, accelerator, precision):
+    "The fields of `Parts` from `bare` to `scaler`."
+    device, counts = accelerator.device, data.counts
+    bare = build_network(r, data).to(device)
+    freeze_unread(r, bare)
+    keys = build_keys(r, bare)           # a second encoder is copied before it is compiled
+    if r.compile: bare.encoder.compile()
+    objective, late = build_objective(r, counts).to(device), None
+    if r.drw is not None:
+        late = build_objective(r, counts, class_balanced_weights(counts)).to(device)
+    return dict(bare=bare, network=accelerator.prepare_model(bare), keys=keys,
+                objective=objective, late=late, optimizer=build_optimizer(r, bare),
+                scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"))
 
 # %% ../nbs/55_build.ipynb #efef8363
 def build(
@@ -275,24 +307,7 @@ def build(
     accelerator = accelerator or start_processes()
     setup = setup or find_setup(recipe, accelerator.device)
     data = _build_data_once_per_machine(recipe, accelerator)
-    views, plain = build_views(recipe, data)
-    train, test = cut_where_decoded(data.train, views), cut_where_decoded(data.test, plain)
-    batches = EpochBatches(len(train), recipe.batch_size, recipe.seed)
-    images = batches.size // world_size()
-    rule = "a process's batch must hold at least two views, for its batch statistics"
-    require(images * recipe.views >= 2, rule, images * recipe.views)
-    workers = count_workers(train, images, workers)
-    loader, test_loader = load_batches(train, batches, workers), load_batches(test, share_of_test(len(test)), workers)
-    bare = build_network(recipe, data).to(accelerator.device)
-    freeze_unread(recipe, bare)
-    keys = build_keys(recipe, bare)
-    if recipe.compile: bare.encoder.compile()
-    network = accelerator.prepare_model(bare)
-    weights = None if recipe.drw is None else class_balanced_weights(data.counts)
-    objective = build_objective(recipe, data.counts).to(accelerator.device)
-    late = None if weights is None else build_objective(recipe, data.counts, weights).to(accelerator.device)
-    optimizer = build_optimizer(recipe, bare)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=setup["precision"] == "fp16")
+    loading = _build_loading(recipe, data, workers)
+    learning = _build_learning(recipe, data, accelerator, setup["precision"])
     seed_rank(recipe.seed)
-    return Parts(recipe, accelerator, setup, data, views, plain, train, test, batches, loader, test_loader, workers,
-                 bare, network, keys, objective, late, optimizer, scaler)
+    return Parts(recipe, accelerator, setup, data, **loading, **learning)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'Diverged', 'batch_loss', 'gradients', 'predict', 'place_means', 'test_network', 'callback_names',
-           'Standing', 'Training', 'end_epoch']
+           'Standing', 'checkpoint_of', 'go_on_from', 'count_step', 'end_epoch', 'Training']
 
 # %% ../nbs/56_loop.ipynb #89028c4a
 import time
@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-from .build import Parts, averaged, half_precision
+from .build import Parts, averaged, half_precision, put_at
 from .checkpoints import Checkpoint, random_state, set_random_state
 from .checks import require
 from .loading import batches_of, cut_where_decoded, load_batches, share_notes, share_of_test
@@ -40,12 +40,13 @@ def _require_sound(out, loss=None):
         off = (rows.detach().float().norm(dim=-1) - 1).abs().max()
         if off.isnan(): raise Diverged(f"the {name} are no longer numbers", made=False)
         if off > 1e-3: raise Diverged(f"the {name} no longer have unit length", made=False)
-    if loss is not None and not loss.isfinite(): raise Diverged(f"the loss is {loss.item()}", made=False)
+    if loss is not None and not loss.isfinite():
+        raise Diverged(f"the loss is {loss.item()}", made=False)
 
 # %% ../nbs/56_loop.ipynb #528d2239
 def batch_loss(
     parts:Parts,  # of the run
-    batch,        # images uint8 [b, C, H, W], labels [b] and positions [b]: this process's part of the batch
+    batch,        # images uint8 [b, C, H, W], labels [b], positions [b]: this process's part
     epoch:int,    # 0, 1, …
 ) -> tuple:       # the loss, and its terms by name
     "Loss of the batch of all processes."
@@ -90,7 +91,9 @@ def _note_answers(made, ids, labels, logits, by_means):
     "Put the answers for a batch in their places; the confidence is nan where a logit is no number."
     confidence, predicted = logits.float().softmax(1).max(1)
     confidence[~logits.isfinite().all(1)] = float("nan")
-    made["labels"][ids], made["predicted"][ids], made["confidence"][ids] = labels.int(), predicted.int(), confidence
+    made["labels"][ids] = labels.int()
+    made["predicted"][ids] = predicted.int()
+    made["confidence"][ids] = confidence
     if by_means is not None: made["by_means"][ids] = by_means.argmax(1).int()
 
 # %% ../nbs/56_loop.ipynb #b662d07c
@@ -102,8 +105,8 @@ def predict(
     n:int,                   # images of all processes
     precision:str="fp32",    # of the encoder: fp32 | bf16 | fp16
     interrupts=None,         # an `Interrupts`: the test ends early when a signal was noted
-) -> dict:                   # labels, predicted and confidence, each [n]; by_means [n] where the network has class means
-    "What a network says of every image of a data set; each process computes a part, all get the whole."
+) -> dict:                   # labels, predicted, confidence, each [n]; by_means [n] with class means
+    "What a network says of every image; each process computes a part, all get the whole."
     device, was_training = next(network.parameters()).device, network.training
     kinds = {"labels": torch.int32, "predicted": torch.int32, "confidence": torch.float32}
     if network.means is not None: kinds["by_means"] = torch.int32
@@ -127,12 +130,14 @@ def place_means(
 ):
     "Put class means in place, where the network is read out by them."
     if network.means is None: return
-    dataset, was_training, sums = cut_where_decoded(parts.data.train, parts.plain), network.training, torch.zeros_like(network.means)
+    sums, was_training = torch.zeros_like(network.means), network.training
+    dataset = cut_where_decoded(parts.data.train, parts.plain)
+    loader = load_batches(dataset, share_of_test(len(dataset)), parts.workers)
     network.eval()
-    for images, labels, _ in batches_of(load_batches(dataset, share_of_test(len(dataset)), parts.workers)):
+    for images, labels, _ in batches_of(loader):
         if interrupts is not None and interrupts.code: break
         images = parts.plain(images.to(parts.device))[:, 0]
-        with half_precision(parts.device, parts.setup.get("test_precision", "fp32")): z = network.embed(images)
+        with half_precision(parts.device, parts.setup["test_precision"]): z = network.embed(images)
         sums.index_add_(0, labels.to(parts.device), z)
     network.train(was_training)
     if interrupts is not None: interrupts.vote()
@@ -147,9 +152,10 @@ def test_network(
     "Test a network as it is."
     copy_from_first(network.buffers())                  # running statistics are each process's own
     place_means(network, parts, interrupts)
-    precision = parts.setup.get("test_precision", "fp32")
-    made = predict(network, parts.test_loader, parts.plain, len(parts.test), precision, interrupts)
-    if not made["confidence"].isfinite().all(): raise Diverged("the logits of the test images are no longer numbers")
+    precision, n = parts.setup["test_precision"], len(parts.test)
+    made = predict(network, parts.test_loader, parts.plain, n, precision, interrupts)
+    if not made["confidence"].isfinite().all():
+        raise Diverged("the logits of the test images are no longer numbers")
     by_means = made.pop("by_means", None)
     scores = evaluate_predictions(made, parts.data.counts)
     if by_means is None: return scores, made
@@ -164,9 +170,12 @@ def callback_names(
 ) -> list:       # texts, one per callback: its place in a checkpoint
     "The names of their classes, numbered where there are several of one."
     rule = f"a callback must have a method named {', '.join(EVENTS[:-1])} or {EVENTS[-1]}"
-    for callback in callbacks: require(any(hasattr(callback, event) for event in EVENTS), rule, type(callback).__name__)
-    names = [type(callback).__name__ for callback in callbacks]
-    return [name if names.count(name) == 1 else f"{name} {names[:i].count(name) + 1}" for i, name in enumerate(names)]
+    classes, names = [type(callback).__name__ for callback in callbacks], []
+    for i, (callback, name) in enumerate(zip(callbacks, classes)):
+        require(any(hasattr(callback, event) for event in EVENTS), rule, name)
+        number = classes[:i].count(name) + 1
+        names.append(name if classes.count(name) == 1 else f"{name} {number}")
+    return names
 
 # %% ../nbs/56_loop.ipynb #89c5f128
 class Standing:
@@ -176,56 +185,84 @@ class Standing:
         callbacks=(),         # objects with methods named like events
     ):
         self.parts, self.callbacks = parts, list(callbacks)
-        callback_names(self.callbacks)                          # refuses what is none
-        self.tested = parts.bare                                # the network that is tested and saved
-        self.epoch = self.batch = self.step = 0
-        self.sums, self.values = {}, []                         # of the epoch's losses; of the last step
-        self.history, self.grown = [], {}                       # rows; bytes of the files they went to
-        self.scores = self.predictions = None                   # of the last test
-        self.seconds, self.clock = 0., time.perf_counter()      # spent on this epoch before this process
-
-    def checkpoint(self) -> Checkpoint: # all processes together
-        "All that is needed to go on from here."
-        named = zip(callback_names(self.callbacks), self.callbacks)
-        return Checkpoint(
-            self.epoch, self.batch, self.step, time.perf_counter() - self.clock, fingerprint(self.parts.recipe),
-            self.parts.setup, self.sums, self.grown,
-            {name: part.state_dict() for name, part in self.parts.learning().items()},
-            {name: callback.state_dict() for name, callback in named if hasattr(callback, "state_dict")},
-            {"scores": self.scores, "predictions": self.predictions},
-            gather_objects(random_state()), getattr(self.parts.train, "notes", None))
-
-    def go_on_from(self, found:Checkpoint): # of this recipe's run
-        self.epoch, self.batch, self.step = found.epoch, found.batch, found.step
-        self.sums, self.grown, self.seconds = dict(found.sums), dict(found.grown), found.seconds
-        self.scores, self.predictions = found.tested["scores"], found.tested["predictions"]
-        for name, part in self.parts.learning().items():
-            if found.learnt[name]: part.load_state_dict(found.learnt[name])       # without fp16 the scaler has none
-        for name, callback in zip(callback_names(self.callbacks), self.callbacks):
-            if name in found.callbacks: callback.load_state_dict(found.callbacks[name])
-        if found.notes is not None: self.parts.train.notes |= found.notes
-        if rank() < len(found.random): set_random_state(found.random[rank()])
-
-# %% ../nbs/56_loop.ipynb #07c81332
-class Training(Standing):
-    "A run under way."
-    def __init__(self,
-        parts:Parts,          # of the recipe
-        callbacks=(),         # objects with methods named like events
-    ):
-        super().__init__(parts, callbacks)
-        self.interrupts = Interrupts()      # notes signals where it is entered, else they act as ever
+        callback_names(self.callbacks)                      # refuses what is none
+        self.interrupts = Interrupts()                      # notes signals while it is entered
+        self.tested = parts.bare                            # the network that is tested and saved
+        self.epoch = self.batch = self.step = 0             # done
+        self.sums, self.values = {}, []                     # of the epoch's losses; of the last step
+        self.history, self.grown = [], {}                   # rows; bytes of the files they went to
+        self.scores = self.predictions = None               # of the last test
+        self.seconds, self.clock = 0., time.perf_counter()  # of the epoch, in processes before this one
 
     def tell(self, event): # "begin", "after_step", …
         for callback in self.callbacks: getattr(callback, event, lambda run: None)(self)
 
+# %% ../nbs/56_loop.ipynb #16c81237
+def checkpoint_of(
+    run:Standing,   # as it is; all processes together
+) -> Checkpoint:
+    "All that is needed to go on from here."
+    named = zip(callback_names(run.callbacks), run.callbacks)
+    return Checkpoint(
+        epoch=run.epoch, batch=run.batch, step=run.step, seconds=time.perf_counter() - run.clock,
+        run=fingerprint(run.parts.recipe), setup=run.parts.setup, sums=run.sums, grown=run.grown,
+        learnt={name: part.state_dict() for name, part in run.parts.learning().items()},
+        callbacks={name: c.state_dict() for name, c in named if hasattr(c, "state_dict")},
+        tested={"scores": run.scores, "predictions": run.predictions},
+        random=gather_objects(random_state()), notes=getattr(run.parts.train, "notes", None))
+
+# %% ../nbs/56_loop.ipynb #bf3807b4
+def go_on_from(
+    run:Standing,      # of the same recipe
+    found:Checkpoint,  # where it stood
+):
+    "Take over where a checkpoint ends."
+    run.epoch, run.batch, run.step, run.seconds = found.epoch, found.batch, found.step, found.seconds
+    run.sums, run.grown = dict(found.sums), dict(found.grown)
+    run.scores, run.predictions = found.tested["scores"], found.tested["predictions"]
+    for name, part in run.parts.learning().items():
+        if found.learnt[name]: part.load_state_dict(found.learnt[name])    # without fp16 the scaler has none
+    for name, callback in zip(callback_names(run.callbacks), run.callbacks):
+        if name in found.callbacks: callback.load_state_dict(found.callbacks[name])
+    if found.notes is not None: run.parts.train.notes |= found.notes
+    if rank() < len(found.random): set_random_state(found.random[rank()])
+
+# %% ../nbs/56_loop.ipynb #3cbab6f6
+def count_step(
+    run:Standing,  # whose weights have moved
+    means:dict,    # mean loss and terms of the step, by name
+    n:int,         # batches of the step
+):
+    "Note that a step is done."
+    run.values = torch.stack(list(means.values())).tolist()
+    for name, value in zip(means, run.values): run.sums[name] = run.sums.get(name, 0) + value * n
+    run.batch += n
+    run.step += 1
+
+# %% ../nbs/56_loop.ipynb #a504da61
+def end_epoch(
+    run:Standing,  # all of whose steps of the epoch are done
+):
+    "Test, and add the epoch to the history."
+    share_notes(run.parts.train)
+    r, first_step = run.parts.recipe, run.epoch * run.parts.steps
+    row = {"epoch": run.epoch + 1, "lr": run.parts.lr(first_step)}
+    for name, total in run.sums.items(): row[name] = total / run.batch
+    if run.epoch >= r.epochs - 5 or row["epoch"] % r.test_every == 0:
+        run.scores, run.predictions = test_network(run.tested, run.parts, run.interrupts)
+        for group in ("top1", "many", "medium", "few"): row[group] = run.scores[group]
+    run.history.append({**row, "seconds": time.perf_counter() - run.clock})
+    run.epoch, run.batch, run.sums = run.epoch + 1, 0, {}
+    run.seconds, run.clock = 0., time.perf_counter()
+
+# %% ../nbs/56_loop.ipynb #07c81332
+class Training(Standing):
+    "A run under way."
     def steps_left(self): # the batches of each step that is left in this epoch
-        p = self.parts
-        p.network.train()
-        p.batches.epoch, p.batches.start = self.epoch, self.batch
-        if p.train is not p.data.train: p.train.epoch.fill_(self.epoch)        # for the workers that cut views
-        batches = batches_of(p.loader)
-        while group := list(islice(batches, p.recipe.accumulate)): yield group
+        self.parts.network.train()
+        put_at(self.parts, self.epoch, self.batch)
+        batches = batches_of(self.parts.loader)
+        while group := list(islice(batches, self.parts.recipe.accumulate)): yield group
 
     def train_step(self, batches): # a list of one batch, or of `accumulate`
         p = self.parts
@@ -236,9 +273,7 @@ class Training(Standing):
         p.scaler.step(p.optimizer)
         p.scaler.update()
         p.keys.follow(p.bare)
-        self.values = torch.stack(list(means.values())).tolist()
-        for name, value in zip(means, self.values): self.sums[name] = self.sums.get(name, 0) + value * len(batches)
-        self.batch, self.step = self.batch + len(batches), self.step + 1
+        count_step(self, means, len(batches))
         self.tell("after_step")
 
     def run(self): # to the end, from wherever it is
@@ -250,17 +285,3 @@ class Training(Standing):
             self.tell("after_epoch")
         self.tell("finish")
         return self
-
-# %% ../nbs/56_loop.ipynb #a504da61
-def end_epoch(
-    run:Training,  # all of whose steps of the epoch are done
-):
-    "Test, and add the epoch to the history."
-    share_notes(run.parts.train)
-    r, row = run.parts.recipe, {"epoch": run.epoch + 1, "lr": run.parts.lr(run.epoch * run.parts.steps)}
-    for name, total in run.sums.items(): row[name] = total / run.batch
-    if run.epoch >= r.epochs - 5 or row["epoch"] % r.test_every == 0:
-        run.scores, run.predictions = test_network(run.tested, run.parts, run.interrupts)
-        for group in ("top1", "many", "medium", "few"): row[group] = run.scores[group]
-    run.history.append({**row, "seconds": time.perf_counter() - run.clock})
-    run.epoch, run.batch, run.sums, run.seconds, run.clock = run.epoch + 1, 0, {}, 0., time.perf_counter()
