@@ -35,7 +35,9 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx, t, alike): # [n, ...] -> [world_size · n, ...]
         parts = [torch.empty_like(t) for _ in range(world_size())]
         dist.all_gather(parts, t.contiguous())
-        ctx.rows, ctx.alike = slice(rank() * len(t), (rank() + 1) * len(t)), alike
+        first = rank() * len(t)
+        ctx.rows = slice(first, first + len(t))
+        ctx.alike = alike
         return torch.cat(parts)
 
     @staticmethod
@@ -48,13 +50,15 @@ class _AllGather(torch.autograd.Function):
 # %% ../nbs/02_processes.ipynb #9a90296c
 def all_gather(
     t:torch.Tensor,    # [n, ...], the same shape on every rank
-    alike:bool=False,  # do all ranks compute the same loss of the whole? the backward then needs no exchange
+    alike:bool=False,  # same loss on all ranks? the backward then needs no exchange
 ) -> torch.Tensor:     # [world_size · n, ...], rank 0's rows first
     "Concatenate the ranks' tensors along dim 0; the backward sums the ranks' contributions."
     return _AllGather.apply(t, alike) if world_size() > 1 else t
 
 # %% ../nbs/02_processes.ipynb #c62a9b72
-def _here(t): return t.to("cuda") if "nccl" in dist.get_backend() else t     # NCCL moves only what is on a GPU
+def _here(t):
+    "A tensor on the device that the group's backend can read: NCCL moves only what is on a GPU."
+    return t.to("cuda") if "nccl" in dist.get_backend() else t
 
 # %% ../nbs/02_processes.ipynb #728b8f8d
 def all_max(
@@ -93,7 +97,7 @@ def copy_from_first(
 def from_first(
     f,      # a function without arguments, called on rank 0 alone
 ):          # what it returned, on every rank
-    "What rank 0 finds holds for all ranks; its error is raised on all of them, which is `shared` where another tells it."
+    "Call `f` on rank 0 and give its result to all ranks, or raise its error on all; `shared` where rank 0 prints it."
     if world_size() == 1: return f()
     made = [None, None]
     if rank() == 0:
@@ -124,14 +128,16 @@ def all_or_none(
     f,      # a function without arguments, called on every rank
 ):          # what it returned on this rank
     "Each rank's own result, if none failed; an error on one rank is raised on all."
-    made = error = mine = None
+    made = error = text = None
     try: made = f()
-    except Exception as e: error, mine = e, f"{type(e).__name__}: {e}"
-    texts = gather_objects(mine)
-    failed = [number for number, text in enumerate(texts) if text is not None]
+    except Exception as e: error, text = e, f"{type(e).__name__}: {e}"
+    texts = gather_objects(text)
+    failed = [number for number, other in enumerate(texts) if other is not None]
     if not failed: return made
-    if error is None: error = BadInput(f"rank {failed[0]} failed: {texts[failed[0]]}")
-    error.shared = texts.index(mine) < rank() if mine is not None else True
+    if error is None:
+        error = BadInput(f"rank {failed[0]} failed: {texts[failed[0]]}")
+        error.shared = True
+    else: error.shared = texts.index(text) < rank()
     raise error
 
 # %% ../nbs/02_processes.ipynb #411b56b8
@@ -140,22 +146,28 @@ class Stopped(KeyboardInterrupt):
     def __init__(self,
         code:int,  # to exit with: 128 + the signal's number
     ):
-        super().__init__(f"stopped by {signal.Signals(code - 128).name}; the same command goes on from here")
+        name = signal.Signals(code - 128).name
+        super().__init__(f"stopped by {name}; the same command goes on from here")
         self.code = code
 
 # %% ../nbs/02_processes.ipynb #914671ea
 class Interrupts:
-    "While it is entered, Ctrl-C and SIGTERM are noted in `code` (130, 143) instead of acting; 0: none came."
-    def __init__(self): self.code, self.noted, self.before = 0, 0., {}
+    "While it is entered, Ctrl-C and SIGTERM are noted in `code` and do not act."
+    def __init__(self):
+        self.code = 0       # 130 after Ctrl-C, 143 after SIGTERM; 0: none came
+        self.noted = 0.     # when it came
+        self.before = {}    # the handlers to put back
 
     def _note(self, number, frame):
+        now = time.monotonic()
         again = number == signal.SIGINT and self.code == 128 + number
-        if again and time.monotonic() - self.noted > 2: raise KeyboardInterrupt
-        if not self.code: self.code, self.noted = 128 + number, time.monotonic()
+        if again and now - self.noted > 2: raise KeyboardInterrupt
+        if not self.code: self.code, self.noted = 128 + number, now
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():     # signals come to no other
-            self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error):
