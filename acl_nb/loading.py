@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from multiprocessing import get_start_method
 
 import torch
@@ -114,8 +115,16 @@ def count_workers(
 # %% ../nbs/45_loading.ipynb #74e10722
 WAIT = 600     # seconds without a batch after which its workers are given up
 
+def _end_for(parent):
+    "Wait for a SIGTERM that this process sent; leave others alone."
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent: pass
+    os._exit(0)
+
 def _leave_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"): return          # a system that does not say who sends
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
 
 def _as_it_is(batch): return batch
 

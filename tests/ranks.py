@@ -17,11 +17,15 @@ def _run(f, args, env, said):
     sys.stdout = sys.stderr = open(said, "a", buffering=1)
     f(*args)
 
-def start(f, *args, said=os.devnull, world=1):
-    "Processes 0..world-1 of f(*args), one gloo group when there are several; what they print goes to the file `said`."
+def port():
+    "A port that is free now."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        return s.getsockname()[1]
+
+def start(f, *args, said=os.devnull, world=1):
+    "Processes 0..world-1 of f(*args), one gloo group when there are several; what they print goes to the file `said`."
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     group = [SERVER.Process(target=_run, args=(f, args, {**env, "RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {}, said)) for r in range(world)]
     for p in group: p.start()
     return group

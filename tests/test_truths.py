@@ -28,7 +28,7 @@ from acl_nb.evaluation import acl_eval
 from acl_nb.losses import LOSSES, make_loss
 from acl_nb.recipes import recipe
 from acl_nb.studies import acl_study
-from acl_nb.trainer import Training
+from acl_nb.loop import Training
 from acl_nb.views import POLICIES, Draws, ViewPipeline
 from acl_nb.views.crops import crop_batch, crop_boxes, random_blur
 from ranks import finish, start
