@@ -18,7 +18,7 @@ from .checkpoints import save_checkpoint
 from .checks import BadInput
 from .counts import shot_groups
 from .datasets.decoders import Note
-from .loop import Diverged, Training
+from .loop import Diverged, Training, checkpoint_of
 from .momentum import MomentumCopy
 from .networks import Network, save_network
 from .processes import all_max, rank
@@ -216,7 +216,7 @@ class Saver:
         if self.place == (run.epoch, run.batch): return         # it is written
         spoilt = all_max(int(not is_finite(run.parts)))         # in any process
         if spoilt: raise Diverged("weights or their momenta are no longer numbers")
-        checkpoint = run.checkpoint()
+        checkpoint = checkpoint_of(run)
         if rank() == 0: save_checkpoint(self.out/"checkpoint", checkpoint)
         self.saved, self.place = time.monotonic(), (run.epoch, run.batch)
 

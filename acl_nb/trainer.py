@@ -18,7 +18,7 @@ from .callbacks import Ema, Progress, Saver, Scalars
 from .checkpoints import latest, load_checkpoint
 from .checks import require, user_path
 from .loading import LoaderDied
-from .loop import Diverged, Training
+from .loop import Diverged, Training, go_on_from
 from .processes import Stopped, from_first, rank, require_same, world_size
 from .records import Run, begin_folder, check_data, fingerprint, hold_folder, open_folder
 from .settings import Recipe
@@ -130,7 +130,7 @@ def fit(
             averages = [] if recipe.ema is None else [Ema(parts.bare, recipe.ema)]
             training = Training(parts, [*averages, *callbacks, saver, Progress(quiet)])
             if found is not None:
-                training.go_on_from(found)
+                go_on_from(training, found)
                 saver.take_back(training)
             with training.interrupts, _determinism(recipe.deterministic): _run(training, saver, out)
         accelerator.wait_for_everyone()
