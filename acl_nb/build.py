@@ -60,7 +60,7 @@ def _check_launch():
 def start_processes() -> Accelerator: # with this process's device
     "Join the processes of this launch; one process where nothing launched more."
     _check_launch()
-    averaging = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     on_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[averaging])
     alone = world_size() == 1
@@ -282,6 +282,15 @@ def _build_loading(r, data, workers):
                 test_loader=load_batches(test, share_of_test(len(test)), workers))
 
 # %% ../nbs/55_build.ipynb #e5e62066
+def _wrapped(accelerator, bare):
+    "The network that averages gradients; running statistics are not read in training, and not exchanged."
+    network = accelerator.prepare_model(bare)
+    for name in ("forward_sync_buffers", "broadcast_buffers"):      # of torch today, and earlier
+        if network is not bare and hasattr(network, name):
+            setattr(network, name, False)
+            break
+    return network
+
 def _build_learning(r, data, accelerator, precision):
     "The fields of `Parts` from `bare` to `scaler`."
     device, counts = accelerator.device, data.counts
@@ -292,7 +301,7 @@ def _build_learning(r, data, accelerator, precision):
     objective, late = build_objective(r, counts).to(device), None
     if r.drw is not None:
         late = build_objective(r, counts, class_balanced_weights(counts)).to(device)
-    return dict(bare=bare, network=accelerator.prepare_model(bare), keys=keys,
+    return dict(bare=bare, network=_wrapped(accelerator, bare), keys=keys,
                 objective=objective, late=late, optimizer=build_optimizer(r, bare),
                 scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"))
 

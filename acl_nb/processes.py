@@ -170,7 +170,8 @@ class Interrupts:
                 self.before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
+        if kind is Stopped: return      # the process ends, and until it has, more signals may come
         for number, handler in self.before.items(): signal.signal(number, handler)
 
     def vote(self,
