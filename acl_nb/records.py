@@ -156,7 +156,7 @@ def _commit():
         tracked = _git("ls-files", "--error-unmatch", "__init__.py")
         head = _git("rev-parse", "HEAD")
     except OSError: return None                                # there is no git
-    if tracked.returncode or head.returncode: return None      # installed below another checkout
+    if tracked.returncode or head.returncode: return None      # the checkout of something else
     changed = _git("status", "--porcelain", "-uno", ".").stdout.strip()
     return head.stdout.strip() + ("+" if changed else "")
 
@@ -174,9 +174,9 @@ def environment() -> dict: # plain values, ready for JSON
     "Versions, hardware and commit, for a run's record."
     libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__}
     machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    ways = {"matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
+    chosen = {"matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
     code = {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version()}
-    return {**code, **libraries, **machine, **ways}
+    return {**code, **libraries, **machine, **chosen}
 
 # %% ../nbs/52_records.ipynb #83810b31
 class RunFiles:
