@@ -30,7 +30,7 @@ class Checkpoint:
     seconds: float = 0.     # spent on the epoch that has begun
     run: str = ""           # `fingerprint` of its recipe
     setup: dict = field(default_factory=dict)       # device, processes, precision
-    sums: dict = field(default_factory=dict)        # of the losses in the epoch that has begun, by name
+    sums: dict = field(default_factory=dict)        # of this epoch's losses so far, by name
     grown: dict = field(default_factory=dict)       # bytes of the files that grow, by name
     learnt: dict = field(default_factory=dict)      # states of network, optimizer, scaler and keys
     callbacks: dict = field(default_factory=dict)   # states of the callbacks that have one, by name
@@ -43,7 +43,10 @@ class Checkpoint:
 KEEP = 2    # checkpoints in the folder
 _NAME = re.compile(r"at_(\d+)_(\d+)_([0-9a-f]{16})")
 
-def _place(path): return tuple(int(number) for number in _NAME.fullmatch(path.stem).groups()[:2])
+def _place(path):
+    "How far a checkpoint's run had come, by its file's name: (epochs, batches)."
+    epoch, batch, _ = _NAME.fullmatch(path.stem).groups()
+    return int(epoch), int(batch)
 
 def _files(folder):
     "The checkpoints of a folder, oldest first."
@@ -65,24 +68,30 @@ def save_checkpoint(
     new = folder/f"at_{checkpoint.epoch}_{checkpoint.batch}_{_digest(data)}.pt"
     write_bytes(new, data)
     before = [path for path in _files(folder) if _place(path) < _place(new)]
-    for old in {*_files(folder), *folder.glob("*.part")} - {new, *before[1 - KEEP:]}: old.unlink()
+    kept = {new, *before[1 - KEEP:]}
+    for path in {*_files(folder), *folder.glob("*.part")} - kept: path.unlink()
 
 def latest(
     folder,        # that `save_checkpoint` wrote to
 ) -> Path | None:  # None when there is no file
     "The newest checkpoint's file."
-    return (_files(folder) or [None])[-1]
+    files = _files(folder)
+    return files[-1] if files else None
 
 # %% ../nbs/54_checkpoints.ipynb #e7d2ad7e
+def _require_schema(state, path):
+    "Refuse a checkpoint that another version of this package wrote."
+    known = {f.name for f in fields(Checkpoint)}
+    if state.get("version") == Checkpoint.version and set(state) == known: return
+    raise BadInput(f"{path} was written by another version of acl_nb, and a run can't go on "
+                   "from it; finish the run with that version, or start over with `--resume never`")
+
 def _read(path, run):
     "The checkpoint in a file; `ValueError` where it is damaged or another run's."
     data = path.read_bytes()
     if _digest(data) != path.stem.split("_")[-1]: raise ValueError("its checksum does not agree")
     state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-    known = {f.name for f in fields(Checkpoint)}
-    if state.get("version") != Checkpoint.version or set(state) != known:
-        raise BadInput(f"{path} was written by another version of acl_nb, and a run can't go on from it; "
-                       "finish the run with that version, or start over with `--resume never`")
+    _require_schema(state, path)
     if run is not None and state["run"] != run: raise ValueError("it is not this run's")
     return Checkpoint(**state)
 
@@ -91,7 +100,7 @@ def load_checkpoint(
     folder,              # that `save_checkpoint` wrote to
     run=None,            # what the checkpoint must have under "run"; None: anything
 ) -> Checkpoint | None:  # the newest good one; None when there is no file
-    "Read the newest checkpoint; a broken one is named in a warning, renamed, and the previous one used."
+    "Read the newest good checkpoint; newer ones that are broken are named in a warning and renamed."
     files, broken = _files(folder), []
     for path in reversed(files):
         try: found = _read(path, run)
@@ -100,18 +109,21 @@ def load_checkpoint(
             warnings.warn(f"{path} could not be read ({e}); the checkpoint before it is used")
             broken.append(path)
             continue
-        for other in broken: other.rename(other.with_suffix(".broken"))            # it counts no more
+        for other in broken: other.rename(other.with_suffix(".broken"))    # it counts no more
         return found
     if files: raise BadInput(f"no checkpoint in {folder} can be read; `--resume never` starts over")
 
 # %% ../nbs/54_checkpoints.ipynb #c07bb917
 def random_state() -> dict: # tensors, numbers and lists
     "The state of every generator of this process."
-    kind, keys, *rest = numpy.random.get_state()
     version, numbers, gauss = random.getstate()
-    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": [version, list(numbers), gauss], "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
-            "torch": torch.get_rng_state(), "cuda": on_gpu}
+    kind, keys, *rest = numpy.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 def set_random_state(
     state:dict,  # of `random_state`; a GPU's is left out where there is none any more
@@ -122,4 +134,5 @@ def set_random_state(
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+    on_gpu = state["cuda"]
+    if on_gpu is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(on_gpu)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_bytes', 'write_text', 'write_json', 'write_predictions', 'append_row', 'read_rows', 'cut_rows', 'environment',
-           'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'check_data']
+           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'check_data']
 
 # %% ../nbs/52_records.ipynb #88870aa3
 import gzip
@@ -35,8 +35,8 @@ from .datasets.decoders import image_decoder
 from .kernels import matmul_route
 from .metrics import confusion, reliability
 from .networks import load_network
-from .plots import plot_balance, plot_balance_history, plot_confusion, plot_counts, plot_curves, plot_per_class
-from .plots import plot_reliability
+from .plots import plot_balance, plot_balance_history, plot_confusion
+from .plots import plot_counts, plot_curves, plot_per_class, plot_reliability
 from .recipes import read_json
 from .settings import Recipe
 
@@ -44,6 +44,13 @@ from .settings import Recipe
 def _written(error, path):
     "The error of a file that could not be written, with its name."
     return OSError(error.errno, f"{error.strerror or error}: not written, what was there before is kept", str(path))
+
+def _write_through(file, data):
+    "Write and wait until the bytes are on the disk; the bytes that the file then has."
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
 
 def _sync_folder(folder):
     if os.name != "posix": return
@@ -59,10 +66,7 @@ def write_bytes(
     "Write a file so that a reader meets the old content or the new, never a part."
     part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(part, "wb") as file: _write_through(file, data)
         os.replace(part, path)
         _sync_folder(part.parent)
     except OSError as e:
@@ -94,8 +98,9 @@ def write_predictions(
     require(kind in (".npz", ".csv"), "predictions go to a file whose name ends in .npz or .csv", path)
     arrays = {name: value.numpy() for name, value in values.items()}
     if kind == ".npz": numpy.savez_compressed(made, **arrays)
-    else: numpy.savetxt(made, numpy.stack(list(arrays.values()), 1), fmt=["%d", "%d", "%.6f"], delimiter=",",
-                        header=",".join(arrays), comments="")
+    else:
+        layout = dict(fmt=["%d", "%d", "%.6f"], delimiter=",", header=",".join(arrays), comments="")
+        numpy.savetxt(made, numpy.stack(list(arrays.values()), 1), **layout)
     write_bytes(path, made.getbuffer())
 
 # %% ../nbs/52_records.ipynb #df7c4da7
@@ -112,13 +117,10 @@ def append_row(
     line = (json.dumps(row) + "\n").encode()
     if _is_zipped(path): line = gzip.compress(line, mtime=0)
     try:
-        with open(path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
+        with open(path, "ab") as file: return _write_through(file, line)
     except OSError as e: raise _written(e, path) from None
 
+# %% ../nbs/52_records.ipynb #f3424b90
 def read_rows(
     path,      # that `append_row` wrote to
 ) -> list:     # one dict per whole line; empty where there is no file
@@ -128,8 +130,9 @@ def read_rows(
         with opened(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 if line.endswith("\n"): rows.append(json.loads(line))
-    except (FileNotFoundError, EOFError, gzip.BadGzipFile): pass
-    except (ValueError, OSError, zlib.error) as e: raise BadInput(f"{path} must hold one JSON object per line: {e}") from None
+    except (FileNotFoundError, EOFError, gzip.BadGzipFile): pass       # no file, or cut off
+    except (ValueError, OSError, zlib.error) as e:
+        raise BadInput(f"{path} must hold one JSON object per line: {e}") from None
     return rows
 
 # %% ../nbs/52_records.ipynb #79bef68e
@@ -142,19 +145,25 @@ def cut_rows(
     if path.exists() and path.stat().st_size > size: os.truncate(path, size)
 
 # %% ../nbs/52_records.ipynb #9c581078
+def _git(*arguments):
+    "Run git in the folder of the package's code."
+    folder = Path(acl_nb.__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+
 def _commit():
     "The commit of the code that runs, with + when it was changed since; None outside a checkout."
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=Path(acl_nb.__file__).parent, capture_output=True, text=True)
-    try: tracked, head = git("ls-files", "--error-unmatch", "__init__.py"), git("rev-parse", "HEAD")
-    except OSError: return None
-    if tracked.returncode or head.returncode: return None      # installed below somebody else's checkout
-    changed = git("status", "--porcelain", "-uno", ".").stdout.strip()
+    try:
+        tracked = _git("ls-files", "--error-unmatch", "__init__.py")
+        head = _git("rev-parse", "HEAD")
+    except OSError: return None                                # there is no git
+    if tracked.returncode or head.returncode: return None      # the checkout of something else
+    changed = _git("status", "--porcelain", "-uno", ".").stdout.strip()
     return head.stdout.strip() + ("+" if changed else "")
 
 def _devices():
     "Names of the GPUs; without one, of the processor."
-    if torch.cuda.is_available(): return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = range(torch.cuda.device_count())
+    if torch.cuda.is_available(): return [torch.cuda.get_device_name(i) for i in gpus]
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"): return [line.split(":")[1].strip()]
@@ -163,31 +172,15 @@ def _devices():
 # %% ../nbs/52_records.ipynb #84c61697
 def environment() -> dict: # plain values, ready for JSON
     "Versions, hardware and commit, for a run's record."
-    return {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__,
-            "platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
-            "matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
+    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__}
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    chosen = {"matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
+    code = {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version()}
+    return {**code, **libraries, **machine, **chosen}
 
-# %% ../nbs/52_records.ipynb #796b2adb
-def _balance_figures(rows, counts, names):
-    "Two figures of what acted on the classes of a run that was measured."
-    if not rows: return {}
-    last = {force: torch.tensor(rows[-1]["balance"][force]) for force in ("attraction", "wrong_way", "repulsion")}
-    return {"balance": plot_balance_history(rows, counts, names, "Gradient balance over training"),
-            "last_balance": plot_balance(last, counts, "Gradient balance at the end")}
-
-def _test_figures(summary, made, counts, names):
-    "Figures of the last epoch's test."
-    figs = {"per_class": plot_per_class(summary["per_class"], counts, names, "Accuracy of each class")} if summary else {}
-    if made is None: return figs
-    table = confusion(made["predicted"], made["labels"], len(counts))
-    sure = reliability(made["confidence"], made["predicted"] == made["labels"])
-    return figs | {"confusion": plot_confusion(table, counts, names, "Who is taken for whom"),
-                   "reliability": plot_reliability(sure, "How sure, and how right")}
-
-# %% ../nbs/52_records.ipynb #9f877f26
-class Run:
-    "A run folder: its recipe, history, summary, network and figures."
+# %% ../nbs/52_records.ipynb #83810b31
+class RunFiles:
+    "The files of a run folder, each read when it is asked for."
     def __init__(self,
         path,  # of the folder
     ):
@@ -197,16 +190,13 @@ class Run:
 
     def _json(self, name): return read_json(self.path/name) if (self.path/name).is_file() else None
 
-    recipe   = property(lambda self: self._json("recipe.json"), doc="Settings, as a dict.")
-    env      = property(lambda self: self._json("env.json"), doc="Environment and data, as a dict.")
-    summary  = property(lambda self: self._json("summary.json"), doc="Results, as a dict; None while the run goes on.")
-    history  = property(lambda self: read_rows(self.path/HISTORY), doc="A dict per epoch.")
-    network  = property(lambda self: load_network(self.path/"model.safetensors"), doc="The trained network.")
-    finished = property(lambda self: self.summary is not None and (self.path/"report.html").is_file(),
-                        doc="Is the run done? The report is the last file written.")
+    recipe  = property(lambda self: self._json("recipe.json"), doc="Settings, as a dict.")
+    env     = property(lambda self: self._json("env.json"), doc="Environment and data, as a dict.")
+    summary = property(lambda self: self._json("summary.json"), doc="Results; None before the end.")
+    history = property(lambda self: read_rows(self.path/HISTORY), doc="A dict per epoch.")
 
     @property
-    def balance(self): # a list: epoch, and "balance" with attraction [C], wrong_way [C], repulsion [C], conflict_rate
+    def balance(self): # dicts: epoch, balance (attraction, wrong_way, repulsion [C]; conflict_rate)
         "What acted on each class, for each epoch that was measured."
         rows = read_rows(self.path/BALANCE)         # earlier versions kept it in the history
         return rows or [row for row in self.history if "attraction" in row.get("balance", {})]
@@ -215,35 +205,65 @@ class Run:
     def predictions(self): # labels, predicted, confidence, each [n]; None where there are none
         "What the last test predicted."
         path = self.path/"predictions.npz"
-        try: return {k: torch.from_numpy(v) for k, v in numpy.load(path).items()} if path.is_file() else None
+        if not path.is_file(): return None
+        try: return {name: torch.from_numpy(values) for name, values in numpy.load(path).items()}
         except (ValueError, OSError, zipfile.BadZipFile) as e:
             raise BadInput(f"{path} must be readable predictions: {e}") from None
 
+# %% ../nbs/52_records.ipynb #796b2adb
+def _balance_figures(rows, counts, names):
+    "Two figures of what acted on the classes of a run that was measured."
+    if not rows: return {}
+    balance = rows[-1]["balance"]
+    last = {name: torch.tensor(balance[name]) for name in ("attraction", "wrong_way", "repulsion")}
+    return {"balance": plot_balance_history(rows, counts, names, "Gradient balance over training"),
+            "last_balance": plot_balance(last, counts, "Gradient balance at the end")}
+
+def _test_figures(summary, made, counts, names):
+    "Figures of the last epoch's test."
+    figs = {}
+    if summary:
+        figs["per_class"] = plot_per_class(summary["per_class"], counts, names, "Accuracy of each class")
+    if made is None: return figs
+    table = confusion(made["predicted"], made["labels"], len(counts))
+    sure = reliability(made["confidence"], made["predicted"] == made["labels"])
+    return figs | {"confusion": plot_confusion(table, counts, names, "Who is taken for whom"),
+                   "reliability": plot_reliability(sure, "How sure, and how right")}
+
+# %% ../nbs/52_records.ipynb #9f877f26
+class Run(RunFiles):
+    "A run folder: its recipe, history, summary, network and figures."
+    network  = property(lambda self: load_network(self.path/"model.safetensors"), doc="The trained network.")
+    finished = property(lambda self: self.summary is not None and (self.path/"report.html").is_file(),
+                        doc="Is the run done? The report is the last file written.")
+
     def figures(self) -> dict: # name -> plotly Figure
-        "What there is to see of a run so far: curves, counts, accuracies, confusions, calibration, gradient balance."
-        data, history = (self.env or {}).get("data"), self.history
-        figs = {"curves": plot_curves(history, "Learning curves")} if history else {}
+        "What there is to see so far: curves, counts, accuracies, calibration, gradient balance."
+        figs, history, data = {}, self.history, (self.env or {}).get("data")
+        if history: figs["curves"] = plot_curves(history, "Learning curves")
         if not data: return figs
         counts, names = data["counts"], data.get("class_names")
         figs["counts"] = plot_counts(counts, data["name"], names)
-        return figs | _test_figures(self.summary, self.predictions, counts, names) \
-            | _balance_figures(self.balance, counts, names)
+        figs |= _test_figures(self.summary, self.predictions, counts, names)
+        return figs | _balance_figures(self.balance, counts, names)
 
     def __repr__(self):
         s = self.summary
-        return f"Run({self.path.name}: " + (f"top-1 {s['top1']:.1%}, {s['epochs']} epochs)" if s else "not finished)")
+        result = f"top-1 {s['top1']:.1%}, {s['epochs']} epochs" if s else "not finished"
+        return f"Run({self.path.name}: {result})"
 
 # %% ../nbs/52_records.ipynb #b9742ab1
 def _differences(recipe, other):
     "Fields in which two recipes differ; where the files lie is no difference."
     mine = asdict(recipe)
-    differ = [field for field in {**mine, **other} if field != "data" and mine.get(field) != other.get(field)]
+    fields = [field for field in {**mine, **other} if field != "data"]
+    differ = [field for field in fields if mine.get(field) != other.get(field)]
     return [f"{field} is {other.get(field)!r} there, {mine.get(field)!r} here" for field in differ]
 
 def _holds(folder):
     "Names of what a folder holds, without unfinished files and the lock."
     if not folder.exists(): return set()
-    return {path.name for path in folder.iterdir() if path.suffix != ".part" and path.name != "lock"}
+    return {path.name for path in folder.iterdir() if path.suffix != ".part"} - {"lock"}
 
 # %% ../nbs/52_records.ipynb #378990a4
 def open_folder(
@@ -252,8 +272,8 @@ def open_folder(
     resume:str="auto",  # auto | never | must
 ) -> bool:              # is there a run of this recipe to go on with?
     "Refuse a folder that is not this run's; changes nothing."
-    out = user_path(out)
-    require(resume in ("auto", "never", "must"), "`resume` must be auto, never or must", repr(resume))
+    out, choices = user_path(out), ("auto", "never", "must")
+    require(resume in choices, "`resume` must be auto, never or must", repr(resume))
     require(out.is_dir() or not out.exists(), "`out` must be a folder", f"the file {out}")
     held = _holds(out)
     going_on = "summary.json" in held or any(out.glob("checkpoint/*.pt"))
@@ -279,6 +299,17 @@ def _owner(lock):
     except (OSError, ValueError, AttributeError): return "another process", False
     return f"process {pid} on {host}", host == socket.gethostname() and psutil.pid_exists(pid)
 
+def _acquire(lock, patience):
+    "Take the lock of a folder; where the system knows no locks, warn and go on."
+    held, (owner, lives) = FileLock(lock), _owner(lock)
+    try: held.acquire(timeout=0 if lives else patience, poll_interval=.1)
+    except Timeout:
+        raise BadInput(f"{lock.parent} is in use by {owner}; wait for its end, or choose another --out") from None
+    except PermissionError as e: raise _written(e, lock) from None
+    except (NotImplementedError, OSError) as e:
+        warnings.warn(f"{lock.parent} can't be locked ({e}): see that one run uses it")
+    return held
+
 # %% ../nbs/52_records.ipynb #8f930b13
 @contextmanager
 def hold_folder(
@@ -289,13 +320,9 @@ def hold_folder(
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"`out` must be a folder that can be made: {e}") from None
     lock = folder/"lock"
-    held, (owner, lives) = FileLock(lock), _owner(lock)
-    try: held.acquire(timeout=0 if lives else patience, poll_interval=.1)
-    except Timeout:
-        raise BadInput(f"{folder} is in use by {owner}; wait for its end, or choose another --out") from None
-    except PermissionError as e: raise _written(e, lock) from None
-    except (NotImplementedError, OSError) as e: warnings.warn(f"{folder} can't be locked ({e}): see that one run uses it")
-    with suppress(OSError): lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    held = _acquire(lock, patience)
+    me = {"host": socket.gethostname(), "pid": os.getpid()}
+    with suppress(OSError): lock.write_text(json.dumps(me))
     try: yield
     finally:
         with suppress(OSError): lock.unlink()
@@ -303,8 +330,8 @@ def hold_folder(
         with suppress(OSError): folder.rmdir()      # if nothing else came into it
 
 # %% ../nbs/52_records.ipynb #56320ee2
-_RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors", "checkpoint", HISTORY, BALANCE,
-            "tensorboard")    # deleted in this order
+_RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors",
+            "checkpoint", HISTORY, BALANCE, "tensorboard")    # deleted in this order
 
 # %% ../nbs/52_records.ipynb #cefd131a
 def begin_folder(
