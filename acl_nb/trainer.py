@@ -29,15 +29,18 @@ def _resume(asked):
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     return "auto" if asked == "never" and restarts else asked
 
+# %% ../nbs/59_trainer.ipynb #59a10002
 def _opened(recipe, out, resume, stack):
-    "Rank 0's look into the folder: (is the run finished?, checkpoint to go on from); holds the folder."
+    "Hold the folder, and say: is the run finished, and which checkpoint is there to go on from?"
     open_folder(recipe, out, resume)                    # refuses before anything is made
     stack.enter_context(hold_folder(out))
     if not open_folder(recipe, out, resume): return False, None
-    if Run(out).finished and recipe.data == Run(out).recipe["data"]: return True, None
+    run = Run(out)
+    if run.finished and recipe.data == run.recipe["data"]: return True, None
     found = load_checkpoint(out/"checkpoint", fingerprint(recipe))
-    rule = f"{out} must hold a checkpoint to go on from; `--resume never` starts over, and deletes what is there"
-    require(found is not None, rule)
+    rule = f"{out} must hold a checkpoint to go on from"
+    remedy = "`--resume never` starts over, and deletes what is there"
+    require(found is not None, f"{rule}; {remedy}")
     return False, found
 
 # %% ../nbs/59_trainer.ipynb #ddb06e88
@@ -46,13 +49,17 @@ def _setup(recipe, device, found):
     here = find_setup(recipe, device)
     if found is None: return here
     if rank() == 0 and found.setup != here:
-        warnings.warn(f"the run was saved with {found.setup} and goes on with {here}, in the precision it had: "
-                      "its last digits will not be those of a run that was never interrupted")
-    return here | {name: found.setup[name] for name in ("precision", "test_precision")}
+        moved = f"the run was saved with {found.setup} and goes on with {here}"
+        digits = "its last digits will not be those of a run that was never interrupted"
+        warnings.warn(f"{moved}, in the precision it had: {digits}")
+    kept = {name: found.setup[name] for name in ("precision", "test_precision")}
+    return here | kept
 
+# %% ../nbs/59_trainer.ipynb #59a10005
 def _start(recipe, out, found, accelerator, workers):
     "The parts of the run, and its folder begun or compared with the data at hand."
-    parts = build(recipe, accelerator, _setup(recipe, accelerator.device, found), workers)
+    setup = _setup(recipe, accelerator.device, found)
+    parts = build(recipe, accelerator, setup, workers)
     data = {**parts.data.describe(), "class_names": parts.data.classes}
     def write():
         if found is None: begin_folder(recipe, out, data, parts.setup)
@@ -63,23 +70,31 @@ def _start(recipe, out, found, accelerator, workers):
 # %% ../nbs/59_trainer.ipynb #d08c81a5
 def _explained(error, training, out):
     "`Diverged`, with where it happened and what is left."
-    step = training.step - error.made
+    step = training.step - error.made           # the step that went wrong, from 0
+    epoch = step // training.parts.steps
+    rate = training.parts.lr(step)
+    where = f"training diverged in epoch {epoch + 1}, step {step + 1}, at learning rate {rate:.3g}"
     good = latest(out/"checkpoint") if rank() == 0 else None
     left = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
-    made = Diverged(f"training diverged in epoch {step // training.parts.steps + 1}, step {step + 1}, at learning rate "
-                    f"{training.parts.lr(step):.3g}: {error}; a smaller learning rate usually helps; {left}")
+    made = Diverged(f"{where}: {error}; a smaller learning rate usually helps; {left}")
     made.shared = rank() > 0
     return made
+
+# %% ../nbs/59_trainer.ipynb #59a10008
+_SIGNS = ("by peer", "NCCL", "Timed out", "timed out")    # of a collective operation that failed
 
 class ProcessLost(RuntimeError):
     "Another process of the run has ended, so this one can't go on."
 
 def _lost(error):
     "What to say of a failed collective operation; None where the error is of another kind."
+    if world_size() == 1: return None
     text = " ".join(str(error).split())
-    if world_size() == 1 or not any(sign in text for sign in ("by peer", "NCCL", "Timed out", "timed out")): return None
-    return ProcessLost(f"another process of this run has ended, and its own line says why ({text[:120]})")
+    if not any(sign in text for sign in _SIGNS): return None
+    ended = "another process of this run has ended, and its own line says why"
+    return ProcessLost(f"{ended} ({text[:120]})")
 
+# %% ../nbs/59_trainer.ipynb #59a10012
 @contextmanager
 def _determinism(wanted):
     "As the recipe wants it, and afterwards as it was."
@@ -102,22 +117,23 @@ def _run(training, saver, out):
         raise Stopped(training.interrupts.code) from None
     except Diverged as e: raise _explained(e, training, out) from None
     except RuntimeError as e:
-        if (lost := _lost(e)) is None: raise
+        lost = _lost(e)
+        if lost is None: raise
         raise lost from None
 
 # %% ../nbs/59_trainer.ipynb #9ba2d64c
 def fit(
     recipe:Recipe,           # all settings
     out,                     # folder for the run
-    resume:str="auto",       # auto: go on with this recipe's run if there is one | never: start over | must: there must be one to go on with
+    resume:str="auto",       # auto: go on with this recipe's run | never: start over | must: go on or refuse
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
     tensorboard:bool=False,  # write scalars to out/tensorboard too
-    workers:int=None,        # processes that load images; None: none for images in memory, else one per CPU, 8 at most
-    callbacks=(),            # further objects with methods named like events, see `acl_nb.callbacks`
+    workers:int=None,        # loading processes; None: none for images in memory, else one per CPU, up to 8
+    callbacks=(),            # more objects with methods named like events, see `acl_nb.callbacks`
     hooks=(),                # the same, by the name they had once
 ) -> Run:                    # the finished run; None for a process that does not see its folder
-    "Train a recipe; its run folder is as in `acl_nb.records`. Seeds the random numbers of Python, numpy and torch."
+    "Train a recipe into a run folder (`acl_nb.records`). Seeds the random numbers of Python, numpy and torch."
     require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
     out, accelerator = user_path(out), start_processes()
     require_same("the recipe of a run, by its fingerprint,", fingerprint(recipe))
@@ -126,12 +142,14 @@ def fit(
         finished, found = from_first(lambda: _opened(recipe, out, _resume(resume), stack))
         if not finished:
             if tensorboard: callbacks.append(Scalars(out/"tensorboard"))
-            parts, saver = _start(recipe, out, found, accelerator, workers), Saver(out, save_every)
-            averages = [] if recipe.ema is None else [Ema(parts.bare, recipe.ema)]
-            training = Training(parts, [*averages, *callbacks, saver, Progress(quiet)])
+            parts = _start(recipe, out, found, accelerator, workers)
+            if recipe.ema is not None: callbacks.insert(0, Ema(parts.bare, recipe.ema))
+            saver = Saver(out, save_every)
+            training = Training(parts, [*callbacks, saver, Progress(quiet)])
             if found is not None:
                 go_on_from(training, found)
                 saver.take_back(training)
-            with training.interrupts, _determinism(recipe.deterministic): _run(training, saver, out)
+            with training.interrupts, _determinism(recipe.deterministic):
+                _run(training, saver, out)
         accelerator.wait_for_everyone()
         return Run(out) if rank() == 0 or (out/"recipe.json").is_file() else None

@@ -8,7 +8,6 @@ __all__ = ['run_study', 'check_study', 'status_line', 'acl_study']
 # %% ../../nbs/83_studies.ipynb #1ac64117
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -21,7 +20,7 @@ from statistics import mean
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from ..checks import BadInput, require
+from ..checks import BadInput, require, usable_cpus
 from ..cli import command
 from ..report import percent
 from .results import identity, load_results, save_results, settings_of
@@ -173,7 +172,7 @@ def _end(lines, well):
 def acl_study(
     spec:str=None,           # study: a name in nbs/studies, or the path of a .json file; --list and --status take all without one
     *,
-    workers:int=None,        # processes that train; default: one a CPU
+    workers:int=None,        # processes that train; default: one per CPU that may be used
     data:str=None,           # folder of the data set's files
     out:str=None,            # folder for the runs; default: runs/studies/NAME
     list:bool=False,   # say what the studies ask, and train nothing
@@ -182,7 +181,7 @@ def acl_study(
     only:str="",             # only cells whose key holds this text
 ): # trains and prints
     "Train what is missing of a study, in several processes; results go to results/NAME.json beside the spec."
-    workers = os.cpu_count() if workers is None else workers
+    workers = usable_cpus() if workers is None else workers
     require(workers >= 1, "`workers` must be at least 1", workers)
     if list: return _say(lambda s: f"{s.name}: {len(study_cells(s))} cells. {s.question}", spec)
     if status: return _say(lambda s: status_line(s, workers), spec)

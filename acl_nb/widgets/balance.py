@@ -85,15 +85,20 @@ def run_batch(
     seed:int=0,          # of the choice of images
 ) -> Batch:
     "A batch of a run's own embeddings."
+    settings = replace(Recipe(**run.recipe), compile=False, sync_bn=False)
+    if views is not None: settings = replace(settings, views=views)
     with _same_draws():
-        parts = build(replace(Recipe(**run.recipe), compile=False, sync_bn=False, **({} if views is None else {"views": views})), workers=0)
+        parts = build(settings, workers=0)
         network = run.network
-    ids = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed))[:batch_size].tolist()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(len(parts.train), generator=generator)[:batch_size].tolist()
     images, labels, positions = parts.train.__getitems__(ids)
     out = network(parts.views(images, positions, 0))
     z = F.normalize(out.z.float(), dim=-1)
-    centers = _class_means(z, labels, len(parts.data.counts)) if out.centers is None else F.normalize(out.centers.float(), dim=-1)
-    return Batch(z, labels, centers, parts.data.counts)
+    counts = parts.data.counts
+    if out.centers is None: centers = _class_means(z, labels, len(counts))
+    else: centers = F.normalize(out.centers.float(), dim=-1)
+    return Batch(z, labels, centers, counts)
 
 # %% ../../nbs/60_widgets.balance.ipynb #8d6942ee
 FORCES = ("attraction", "wrong_way", "repulsion")
