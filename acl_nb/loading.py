@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from multiprocessing import get_start_method
+from multiprocessing import get_start_method, parent_process
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -124,7 +124,7 @@ def _leave_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"): return          # a system that does not say who sends
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_for, args=(parent_process().pid,), daemon=True).start()
 
 def _as_it_is(batch): return batch
 

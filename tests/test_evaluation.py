@@ -13,7 +13,7 @@ from acl_nb.checkpoints import load_checkpoint
 from acl_nb.gradients import class_balance, conflict_rate
 from acl_nb.probes import Probe, closed_form
 from acl_nb.recipes import recipe
-from acl_nb.records import Run
+from acl_nb.records import Run, append_row
 from acl_nb.report import write_report
 from acl_nb.trainer import fit
 from ranks import finish, start
@@ -47,7 +47,7 @@ def content(run): return plain(run), (run.path/"model.safetensors").read_bytes()
 def test_the_probe_measures_class_balance(probed):
     run, seen = probed
     steps = len(seen) // 2
-    for epoch, row in enumerate(run.history):
+    for epoch, row in enumerate(run.balance):
         pairs = [closed_form(*seen[i][:1], *seen[i][1]) for i in range(epoch * steps, (epoch + 1) * steps, 2)]
         assert row["balance"]["steps"] == len(pairs) > 2
         for key in ("attraction", "wrong_way", "repulsion"):
@@ -69,7 +69,7 @@ def test_a_probed_run_goes_on_in_mid_epoch(tmp_path, probed):
     with pytest.raises(ZeroDivisionError): fit(r, tmp_path/"run", quiet=True, save_every=0, callbacks=[Probe(r, 2), Trip()])
     assert load_checkpoint(tmp_path/"run"/"checkpoint").callbacks["Probe"]["steps"] == 1
     run = fit(r, tmp_path/"run", "must", quiet=True, callbacks=[Probe(r, 2)])
-    assert content(run) == content(probed[0]) and [row["balance"] for row in run.history] == [row["balance"] for row in probed[0].history]
+    assert content(run) == content(probed[0]) and run.balance == probed[0].balance
 
 def two(out, witness_at):
     from acl_nb.processes import rank
@@ -82,7 +82,7 @@ def test_two_processes_measure_the_whole_batch(tmp_path, probed):
     assert finish(group) == [0, 0], (tmp_path/"said").read_text()
     out, labels = torch.load(tmp_path/"seen", weights_only=False)[0]
     assert len(labels) == 16
-    row = Run(tmp_path/"run").history[0]["balance"]
+    row = Run(tmp_path/"run").balance[0]["balance"]
     expected = class_balance(closed_form(probed[1][0][0], out, labels), 10)
     for key, values in expected.items(): torch.testing.assert_close(torch.tensor(row[key]), values, rtol=1e-5, atol=1e-7)
 
@@ -120,7 +120,10 @@ def test_report_of_many_classes_stays_light(tmp_path, probed):
     summary["per_class"] = torch.rand(C, generator=g).tolist()
     balance = {k: [1.] * C for k in ("attraction", "wrong_way", "repulsion")} | {"conflict_rate": .1, "steps": 1}
     (folder/"env.json").write_text(json.dumps(env)); (folder/"summary.json").write_text(json.dumps(summary))
-    (folder/"history.jsonl").write_text("".join(json.dumps({**probed[0].history[0], "epoch": e, "balance": balance}) + "\n" for e in range(1, epochs + 1)))
+    for name in ("history.jsonl", "balance.jsonl.gz"): (folder/name).unlink()
+    for e in range(1, epochs + 1):
+        append_row(folder/"history.jsonl", {**probed[0].history[0], "epoch": e})
+        append_row(folder/"balance.jsonl.gz", {"epoch": e, "balance": balance})
     page = write_report(Run(folder))
     assert page.stat().st_size - few < 1_000_000 and page.read_text().count("<h2>") == 7
 
@@ -137,4 +140,4 @@ def test_what_a_recipe_needs_and_lacks_is_exit_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["acl_doctor", "cifar100_lt", "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as exit: runpy.run_path(script("acl_doctor", tmp_path), run_name="__main__")
     data, step = capsys.readouterr().out.splitlines()
-    assert exit.value.code == 1 and data.startswith("data      fails    CIFAR100 not found") and step.endswith("epochs in about 66 minutes")
+    assert exit.value.code == 1 and data.startswith("data      fails    CIFAR100 not found") and step.endswith("epochs in about 61 minutes")

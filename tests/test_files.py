@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acl_nb import parts
+from acl_nb import build
 from acl_nb.checks import BadInput
 from acl_nb.cli import check_data, default_folder
 from acl_nb.datasets.decoders import Note
@@ -190,10 +190,10 @@ def test_little_data_trains_or_is_one_sentence(case, tmp_path):
         assert said in str(refused.value) and not (tmp_path/"run").exists()
 
 def test_a_process_that_would_see_one_view_is_refused(monkeypatch):
-    monkeypatch.setattr(parts, "world_size", lambda: 2)
+    monkeypatch.setattr(build, "world_size", lambda: 2)
     one_view = recipe("digits_lt", loss="la", views=1, batch_size=2)
     with pytest.raises(BadInput, match="a process's batch must hold at least two views, for its batch statistics; got 1"):
-        build.build(one_view, SimpleNamespace(device=torch.device("cpu")))
+        build.build(one_view, SimpleNamespace(device=torch.device("cpu"), is_local_main_process=True))
 
 def test_a_test_set_that_is_not_balanced_is_told_by_images_and_by_classes(tmp_path):
     for c, n in {"a": 40, "b": 10, "c": 5}.items():

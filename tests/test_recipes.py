@@ -86,7 +86,7 @@ def test_a_step_of(name, data, monkeypatch):
     p, n = run.parts, CLASSES[r.dataset]
     assert (len(p.data.classes), len(p.data.counts), p.bare.settings["n_classes"]) == (n, n, n) and int(p.data.counts.min()) >= 1
     assert list(p.train.shape) == SHAPES.get(r.dataset, [3, 32, 32]) and p.views.views == r.views
-    assert all(math.isfinite(v) for v in run.sums.values()) and p.is_finite()
+    assert all(math.isfinite(v) for v in run.sums.values()) and acl_nb.build.is_finite(p)
     image, label, _ = p.test[0]
     assert p.bare.eval().predict(p.plain(image[None])[:, 0]).shape == (1, n) and 0 <= label < n
     assert fetched == ["resnet152"] * r.pretrained

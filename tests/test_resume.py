@@ -14,24 +14,30 @@ from torch import nn
 from acl_nb.checkpoints import latest, load_checkpoint
 from acl_nb.encoders import ENCODERS, CifarResNet
 from acl_nb.records import Run
+from pictures import folder, recipe_file
 from ranks import LIMIT, finish, start
 
-KILLS = int(os.environ.get("ACL_KILLS", 3))
+KILLS = int(os.environ.get("ACL_KILLS", 2))
 SMALL = ["views=2", "n_max=20", "imbalance=4", "dim=8", "hidden=8", "batch_size=16", "epochs=8"]
-SETTINGS = {
-    "bf16":                           (1, ["precision=bf16"]),
-    "fp32, paco's queue, an average": (1, ["precision=fp32", "loss=paco", "queue=100", "ema=0.9"]),
-    "two processes":                  (2, ["encoder=forgetful", "accumulate=2"]),
+SETTINGS = {                                                          # processes, fields, files with workers
+    "bf16":                            (1, ["precision=bf16"], False),
+    "fp32, paco's queue":              (1, ["precision=fp32", "loss=paco", "queue=100"], False),
+    "an average of the weights":       (1, ["precision=fp32", "ema=0.9"], False),
+    "two processes, accumulating":     (2, ["encoder=forgetful", "accumulate=2"], False),
+    "two processes, files, workers":   (2, ["epochs=8"], True),
 }
 
 class Forgetful(CifarResNet):
     "Draws from torch's generator in every step."
     def forward(self, x): return nn.functional.dropout(super().forward(x), 0.2, self.training)
 
-def train(out, settings, save_every=300.):
+def train(out, settings, save_every=300., files=None):
     from acl_nb.cli import acl_train
     ENCODERS["forgetful"] = lambda channels: Forgetful(8, channels, width=8)
-    acl_train("digits_lt", out=str(out), save_every=save_every, set=list({s.split("=")[0]: s for s in [*SMALL, *settings]}.values()))
+    usual = [] if files else SMALL
+    fields = list({s.split("=")[0]: s for s in [*usual, *settings]}.values())
+    if files: acl_train(recipe=str(files), out=str(out), save_every=save_every, workers=1, set=fields)
+    else: acl_train("digits_lt", out=str(out), save_every=save_every, set=fields)
 
 def content(folder):
     "What two runs of a recipe have in common: history without timings, weights, and the trainer's state."
@@ -58,13 +64,14 @@ def kill_sometime(group, folder, rng, seconds):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_killed_at_random_moments(tmp_path, name):
-    world, settings = SETTINGS[name]
+    world, settings, on_files = SETTINGS[name]
+    files = recipe_file(tmp_path/"mine.json", folder(tmp_path/"pictures")) if on_files else None
     began = time.time()
-    assert finish(start(train, tmp_path/"whole", settings, said=tmp_path/"said", world=world)) == [0] * world, (tmp_path/"said").read_text()
+    assert finish(start(train, tmp_path/"whole", settings, 300., files, said=tmp_path/"said", world=world)) == [0] * world, (tmp_path/"said").read_text()
     seconds, rng = time.time() - began, random.Random(name)
     kills = saving = between = 0
     for attempt in range(20 * KILLS):
-        group = start(train, tmp_path/"killed", settings, rng.choice([0., 0.1, 300.]), said=tmp_path/"said", world=world)
+        group = start(train, tmp_path/"killed", settings, rng.choice([0., 0.1, 300.]), files, said=tmp_path/"said", world=world)
         if kills == KILLS: break
         alive, caught = kill_sometime(group, tmp_path/"killed", rng, seconds * 0.6)
         if not alive:                                                 # it was through before the kill: begin anew

@@ -56,7 +56,7 @@ def test_stopped_in_the_middle_and_gone_on(tmp_path):
     assert content(tmp_path/"run") == content(tmp_path/"whole")
     run = Run(tmp_path/"run")
     assert run.summary["epochs"] == 2 and len(run.summary["per_class"]) == 30 and run.recipe["name"] == "imagenet_lt_resnet50_90"
-    assert (run.env["data"]["counts"], run.env["data"]["split"], run.env["setup"]) == (COUNTS, "test", {"device": "cpu", "processes": 2, "precision": "bf16"})
+    assert (run.env["data"]["counts"], run.env["data"]["split"], run.env["setup"]) == (COUNTS, "test", {"device": "cpu", "processes": 2, "precision": "bf16", "test_precision": "bf16"})
 
 def rows(folder): return len((folder/"history.jsonl").read_text().splitlines()) if (folder/"history.jsonl").exists() else 0
 

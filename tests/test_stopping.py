@@ -2,7 +2,6 @@
 
 A dozen seconds each; ACL_STOPS=20 stops the run with workers as often.
 """
-import json
 import os
 import random
 import signal
@@ -11,36 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from acl_nb.checkpoints import latest
 from acl_nb.records import Run
+from pictures import folder, recipe_file
 from ranks import port
 from test_resume import content
 
 STOPS = int(os.environ.get("ACL_STOPS", 2))
-SMALL = dict(dataset="folder_lt", imbalance="as_is", size=8, encoder="resnet8_tiny", policy="plain", batch_size=16, views=2,
-             dim=8, hidden=8, lr=0.05)
 BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    "Four classes of 12 × 10 pixels, with a long tail."
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for label, n in enumerate((60, 40, 20, 10)):
-        folder = root/f"class {label}"
-        folder.mkdir()
-        for i in range(n):
-            pixels = rng.integers(0, 90, (10, 12, 3)) + 40 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(folder/f"{i}.png")
-    return root
-
-def recipe_file(folder, data, **more):
-    path = folder/"mine.json"
-    path.write_text(json.dumps(SMALL | dict(name="mine", data=str(data)) | more))
-    return path
+def pictures(tmp_path_factory): return folder(tmp_path_factory.mktemp("pictures"))
 
 def start(arguments, cwd, ranks=1, restarts=0, script=None, env=None):
     "acl_train, or a script, as a job of its own: the leader of a new process group."
@@ -69,7 +51,7 @@ SIGNALS = {"SIGTERM": (15,), "SIGINT": (2,), "SIGTERM twice": (15, 15), "SIGINT,
 
 @pytest.mark.parametrize("numbers", SIGNALS.values(), ids=SIGNALS)
 def test_a_signal_to_the_group_saves(pictures, tmp_path, numbers):
-    mine = recipe_file(tmp_path, pictures, epochs=500)
+    mine = recipe_file(tmp_path/"mine.json", pictures, epochs=500)
     job = start(["--recipe", mine, "--out", "run", "--workers", 2], tmp_path)
     wait_for(lambda: rows(tmp_path/"run") >= 2, job)
     signal_group(job, *numbers)
@@ -92,13 +74,12 @@ def slowly(*arguments):
     time.sleep(1.5)
     return answers(*arguments)
 acl_nb.loop._answers = slowly
-acl_nb.loop.share_of_test = None
 import acl_nb.build
 share = acl_nb.build.share_of_test
 acl_nb.build.share_of_test = lambda n: share(n, 1)
 if __name__ == "__main__": acl_train()
 """)
-    mine = recipe_file(tmp_path, pictures, epochs=500, views=1)
+    mine = recipe_file(tmp_path/"mine.json", pictures, epochs=500, views=1)
     job = start(["--recipe", mine, "--out", "run", "--workers", 1], tmp_path, script=script)
     wait_for((tmp_path/"testing").exists, job)
     told = time.time()
@@ -110,7 +91,7 @@ if __name__ == "__main__": acl_train()
 
 @pytest.mark.parametrize("whom", ["the group of torchrun", "torchrun alone"])
 def test_two_ranks_with_workers_under_torchrun(pictures, tmp_path, whom):
-    mine = recipe_file(tmp_path, pictures, epochs=500)
+    mine = recipe_file(tmp_path/"mine.json", pictures, epochs=500)
     job = start(["--recipe", mine, "--out", "run", "--workers", 1], tmp_path, ranks=2)
     wait_for(lambda: rows(tmp_path/"run") >= 2, job)
     if whom == "torchrun alone": job.terminate()
@@ -122,7 +103,7 @@ def test_two_ranks_with_workers_under_torchrun(pictures, tmp_path, whom):
 
 def test_stopped_again_and_again_with_workers(pictures, tmp_path):
     "The run ends as one that was never interrupted."
-    mine, rng = recipe_file(tmp_path, pictures, epochs=6, precision="fp32"), random.Random(0)
+    mine, rng = recipe_file(tmp_path/"mine.json", pictures, epochs=6, precision="fp32"), random.Random(0)
     arguments = ["--recipe", mine, "--workers", 2, "--save_every", 300]
     whole = start([*arguments, "--out", "whole"], tmp_path)
     said, _ = whole.communicate(timeout=120)
@@ -171,7 +152,7 @@ if __name__ == "__main__": acl_train()
 def test_a_restart_by_torchrun_goes_on_though_never_was_asked(pictures, tmp_path):
     script = tmp_path/"crash.py"
     script.write_text(CRASH)
-    mine = recipe_file(tmp_path, pictures, epochs=5)
+    mine = recipe_file(tmp_path/"mine.json", pictures, epochs=5)
     arguments = ["--recipe", mine, "--out", "run", "--resume", "never", "--workers", 0]
     job = start(arguments, tmp_path, restarts=2, script=script)
     said, _ = job.communicate(timeout=240)
@@ -180,14 +161,14 @@ def test_a_restart_by_torchrun_goes_on_though_never_was_asked(pictures, tmp_path
     assert len(Run(tmp_path/"run").history) == 5 and Run(tmp_path/"run").finished
 
 def test_the_pipe_of_the_output_may_close(pictures, tmp_path):
-    mine = recipe_file(tmp_path, pictures, epochs=3)
+    mine = recipe_file(tmp_path/"mine.json", pictures, epochs=3)
     command = f"{BIN/'acl_train'} --recipe {mine} --out run --workers 0 | head -1"
     r = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert Run(tmp_path/"run").finished and "Traceback" not in r.stderr and "BrokenPipe" not in r.stderr, r.stderr
 
 @pytest.mark.parametrize("encoding", ["cp932", "ascii", "latin-1"])
 def test_a_terminal_that_does_not_know_a_character(pictures, tmp_path, encoding):
-    mine = recipe_file(tmp_path, pictures, epochs=2)
+    mine = recipe_file(tmp_path/"mine.json", pictures, epochs=2)
     job = start(["--recipe", mine, "--out", "run", "--workers", 0], tmp_path, env={"PYTHONIOENCODING": encoding})
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 0 and Run(tmp_path/"run").finished and "Traceback" not in said, said
