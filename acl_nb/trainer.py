@@ -90,9 +90,10 @@ def _lost(error):
     "What to say of a failed collective operation; None where the error is of another kind."
     if world_size() == 1: return None
     text = " ".join(str(error).split())
-    if not any(sign in text for sign in _SIGNS): return None
+    sign = next((sign for sign in _SIGNS if sign in text), None)
+    if sign is None: return None
     ended = "another process of this run has ended, and its own line says why"
-    return ProcessLost(f"{ended} ({text[:120]})")
+    return ProcessLost(f"{ended} ({text[max(0, text.index(sign) - 20):][:120]})")
 
 # %% ../nbs/59_trainer.ipynb #59a10012
 @contextmanager
