@@ -10,7 +10,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-THERE = {"torch", "torchvision", "accelerate", "safetensors", "scikit-learn", "numpy", "pillow"}      # what comes with torch on such a machine
+THERE = {"torch", "torchvision", "accelerate", "safetensors", "scikit-learn", "numpy", "pillow",
+         "psutil", "filelock", "jinja2"}                             # what comes with torch and accelerate on such a machine
 
 def name_of(requirement):
     "The project that a requirement names."

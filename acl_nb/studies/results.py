@@ -55,8 +55,8 @@ def train_cell(
     probe:int=None,  # steps between two measurements of the gradient balance; None: none
 ) -> dict:           # of `run_result`
     "Train one run of a study, or go on with it."
-    hooks = [Probe(recipe, probe)] if probe else []
-    try: run = fit(recipe, folder, "auto" if latest(Path(folder)/"checkpoint") else "never", quiet=True, callbacks=hooks)
+    probes = [Probe(recipe, probe)] if probe else []
+    try: run = fit(recipe, folder, "auto" if latest(Path(folder)/"checkpoint") else "never", quiet=True, callbacks=probes)
     except Diverged as e: return run_result(Run(folder), recipe, probe, str(e).split(";")[0])
     return run_result(run, recipe, probe)
 
