@@ -107,9 +107,9 @@ def test_two_ranks_with_workers_under_torchrun(photographs, tmp_path, whom):
     assert "killed by signal" not in said and "LoaderDied" not in said, said
     assert latest(tmp_path/"run"/"checkpoint") and not (tmp_path/"run"/"summary.json").exists()
 
-def test_stopped_again_and_again_with_workers(pictures, tmp_path):
+def test_stopped_again_and_again_with_workers(photographs, tmp_path):
     "The run ends as one that was never interrupted."
-    mine, rng = recipe_file(tmp_path/"mine.json", pictures, epochs=6, precision="fp32"), random.Random(0)
+    mine, rng = recipe_file(tmp_path/"mine.json", photographs, epochs=3, precision="fp32"), random.Random(0)
     arguments = ["--recipe", mine, "--workers", 2, "--save_every", 300]
     whole = start([*arguments, "--out", "whole"], tmp_path)
     said, _ = whole.communicate(timeout=120)
@@ -119,7 +119,7 @@ def test_stopped_again_and_again_with_workers(pictures, tmp_path):
         before = latest(tmp_path/"run"/"checkpoint")
         job = start([*arguments, "--out", "run"], tmp_path)
         wait_for((tmp_path/"run"/"lock").exists, job)
-        time.sleep(rng.uniform(0., 2.5))
+        time.sleep(rng.uniform(0., 4.))
         signal_group(job, 15)
         said, _ = job.communicate(timeout=60)
         if (tmp_path/"run"/"report.html").exists():                        # it was through: begin anew
