@@ -478,3 +478,15 @@ def test_too_little_shared_memory_is_a_sentence(tmp_path, monkeypatch):
     mine = replace(recipe_from(RECIPE | dict(data=str(data)), "mine"), epochs=1, size=64)
     with pytest.raises(BadInput, match="`workers` must fit into shared memory"): fit(mine, tmp_path/"run", quiet=True, workers=2)
     assert fit(mine, tmp_path/"run", quiet=True).finished                    # left alone, it takes as many as fit: none
+
+def test_a_loading_process_that_dies_ends_the_command_in_a_sentence(tmp_path, monkeypatch, capsys):
+    from acl_nb.datasets import ImageArray
+    usual = ImageArray.__getitems__
+    def fatal(self, ids):
+        if torch.utils.data.get_worker_info() is not None: os.kill(os.getpid(), 9)
+        return usual(self, ids)
+    monkeypatch.setattr(ImageArray, "__getitems__", fatal)
+    with pytest.raises(SystemExit) as exit: acl_train("digits_lt", out=str(tmp_path/"run"), workers=1, epochs="1")
+    said = capsys.readouterr().err
+    assert exit.value.code == 1 and said.count("error: a process that loads images failed: DataLoader worker") == 1, said
+    assert "Traceback" not in said
