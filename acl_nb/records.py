@@ -317,17 +317,17 @@ def hold_folder(
     patience:float=15., # seconds to wait for what is left of a dead owner
 ):
     "While it is entered, no other process may hold the folder."
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"`out` must be a folder that can be made: {e}") from None
-    lock = folder/"lock"
-    held = _acquire(lock, patience)
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-    with suppress(OSError): lock.write_text(json.dumps(me))
+    lock, held = folder/"lock", _acquire(folder/"lock", patience)
+    with suppress(OSError): lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     try: yield
     finally:
         with suppress(OSError): lock.unlink()
         held.release()
-        with suppress(OSError): folder.rmdir()      # if nothing else came into it
+        with suppress(OSError):
+            for empty in made: empty.rmdir()    # until something else came into one
 
 # %% ../nbs/52_records.ipynb #56320ee2
 _RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors",

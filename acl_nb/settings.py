@@ -57,7 +57,7 @@ def at_least(
         require(value >= least, f"`{name}` must be at least {least}{meaning}", value)
     return _rule
 
-def positive(
+def above_zero(
     value,  # a number to be judged
     name,   # of the field, for the message
 ):
@@ -143,7 +143,7 @@ class NetworkSettings:
     dim: int = setting(64, at_least(1))                       # D, of the embeddings
     hidden: int = setting(128, at_least(1))                   # of the projection's hidden layer
     classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine
-    scale: float = setting(30.0, positive)                    # of the cosine classifier
+    scale: float = setting(30.0, above_zero)                  # of the cosine classifier
     centers: str = setting("weights", one_of(CENTERS))        # weights | free | none
     readout: str = setting("classifier", one_of(READOUTS))    # what predicts: classifier | centers
 
@@ -153,7 +153,7 @@ class LossSettings:
     "What the training minimises."
     loss: str = setting("acl", one_of(LOSSES))
     weight: float = setting(1.0, at_least(0))             # λ, of the contrastive term
-    temperature: float = setting(0.1, positive)           # τ
+    temperature: float = setting(0.1, above_zero)         # τ
     aligned: bool = setting(True)                         # no positive in another's denominator
     negatives: str = setting("batch", one_of(NEGATIVES))  # batch | prior | adjusted | none
     tau: float = setting(1.0, at_least(0))                # strength of the logit adjustment
@@ -267,7 +267,7 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
     "All settings of a run; checked when made, never changed after."
     epochs: int = setting(30, at_least(1))
     batch_size: int = setting(64, at_least(2))             # images with V views, over all processes
-    lr: float = setting(0.1, positive)                     # peak learning rate of SGD
+    lr: float = setting(0.1, above_zero)                   # peak learning rate of SGD
     momentum: float = setting(0.9, below_one)
     weight_decay: float = setting(5e-4, at_least(0))
     schedule: str = setting("cosine", one_of(SCHEDULES))   # cosine | steps | constant
@@ -276,7 +276,7 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
     test_every: int = setting(1, at_least(1))              # epochs from one test to the next
 
     accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
-    clip: float | None = setting(None, positive)           # largest norm of a gradient; None: any
+    clip: float | None = setting(None, above_zero)         # largest norm of a gradient; None: any
     ema: float | None = setting(None, below_one)           # of the weights; None: no average
     queue: int = setting(0, at_least(0))                   # past keys kept for paco and gpaco
     key_momentum: float = setting(0.999, below_one)        # of paco's second encoder

@@ -36,7 +36,7 @@ def whole_step(run):
     "The trainer's own, batch after batch."
     def batches():
         while True:
-            yield from run.to_come()
+            yield from run.steps_left()
             run.epoch, run.batch = run.epoch + 1, 0
     steps = batches()
     return lambda: run.train_step(next(steps))

@@ -5,10 +5,17 @@ import socket
 import sys
 from contextlib import contextmanager
 
+import pytest
+
 SERVER = multiprocessing.get_context("forkserver")
 # torch._dynamo: what averages gradients over processes imports it in its first step
 SERVER.set_forkserver_preload(["acl_nb.cli", "sklearn.datasets", "torch._dynamo"])
 LIMIT = 300    # seconds that a test waits for a process
+SLOW = pytest.mark.skipif(not os.environ.get("ACL_SLOW"), reason="slow: ACL_SLOW=1 runs it")
+
+def some(cases, *usual):
+    "The values of a dictionary as parameters; those beside the usual ones are slow."
+    return [pytest.param(value, id=name, marks=[] if name in usual else SLOW) for name, value in cases.items()]
 
 def _run(f, args, env, said):
     os.environ.update(env)

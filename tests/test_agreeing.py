@@ -13,7 +13,7 @@ import torch
 
 from acl_nb.checkpoints import latest
 from acl_nb.records import Run
-from ranks import finish, start
+from ranks import finish, some, start
 from test_resume import SMALL, train
 from test_scale import tree
 
@@ -136,7 +136,7 @@ LAUNCHES = {
     "WORLD_SIZE alone": dict(WORLD_SIZE="4"),
 }
 
-@pytest.mark.parametrize("variables", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize("variables", some(LAUNCHES, "RANK alone", "srun without torchrun"))
 def test_a_launch_that_does_not_fit_together_is_one_sentence(tmp_path, variables):
     known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID")
     env = {k: v for k, v in os.environ.items() if k not in known} | variables
@@ -174,7 +174,7 @@ def unwritable(out, code):
     acl_nb.records.os.replace = replace_
     train(out, [])
 
-@pytest.mark.parametrize("code", [30, 122, 13], ids=["read-only file system", "quota", "no right"])
+@pytest.mark.parametrize("code", some({"read-only file system": 30, "quota": 122, "no right": 13}, "read-only file system"))
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, code):
     said = tmp_path/"said"
     assert finish(start(unwritable, tmp_path/"run", code, said=said)) == [1], said.read_text()

@@ -141,7 +141,7 @@ def test_a_run_its_folder_and_its_twin(tmp_path):
     first = acl_train(*QUICK, "--out", "a", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "2/2" in first.stdout and "all classes" in first.stdout and "a/report.html" in first.stdout
-    assert sorted(os.listdir(tmp_path/"a")) == ["checkpoint", "env.json", "history.jsonl", "model.safetensors", "predictions.npz", "recipe.json", "report.html", "summary.json"]
+    assert sorted(os.listdir(tmp_path/"a")) == ["balance.jsonl.gz", "checkpoint", "env.json", "history.jsonl", "model.safetensors", "predictions.npz", "recipe.json", "report.html", "summary.json"]
     assert acl_train(*QUICK, "--out", "b", cwd=tmp_path).returncode == 0
     assert history(tmp_path/"a") == history(tmp_path/"b")
     again = acl_train(*QUICK, "--out", "a", cwd=tmp_path)

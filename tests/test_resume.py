@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or fail, and what comes after. A handful of kills here; ACL_KILLS=20 kills as often in each setting.
+"""Runs that are killed, stopped or fail, and what comes after. A handful of kills here; ACL_SLOW=1 ACL_KILLS=20 kills as often in each setting.
 
 Every run is a process of its own, ended by SIGKILL at random moments, among them moments of saving; it goes on until it is done.
 """
@@ -15,7 +15,7 @@ from acl_nb.checkpoints import latest, load_checkpoint
 from acl_nb.encoders import ENCODERS, CifarResNet
 from acl_nb.records import Run
 from pictures import folder, recipe_file
-from ranks import LIMIT, finish, start
+from ranks import LIMIT, finish, some, start
 
 KILLS = int(os.environ.get("ACL_KILLS", 2))
 SMALL = ["views=2", "n_max=20", "imbalance=4", "dim=8", "hidden=8", "batch_size=16", "epochs=8"]
@@ -62,7 +62,7 @@ def kill_sometime(group, folder, rng, seconds):
     finish(group)
     return alive, caught
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", some({name: name for name in SETTINGS}, "fp32, paco's queue", "two processes, files, workers"))
 def test_killed_at_random_moments(tmp_path, name):
     world, settings, on_files = SETTINGS[name]
     files = recipe_file(tmp_path/"mine.json", folder(tmp_path/"pictures")) if on_files else None

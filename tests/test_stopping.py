@@ -1,6 +1,6 @@
 """Runs that are told to stop by a signal to their whole job, as torchrun, SLURM and a terminal send it, with processes that load images.
 
-A dozen seconds each; ACL_STOPS=20 stops the run with workers as often.
+Some ten seconds each; ACL_SLOW=1 runs all, and ACL_STOPS=20 stops the run with workers as often.
 """
 import os
 import random
@@ -15,7 +15,7 @@ import pytest
 from acl_nb.checkpoints import latest
 from acl_nb.records import Run
 from pictures import folder, recipe_file
-from ranks import port
+from ranks import SLOW, port, some
 from test_resume import content
 
 STOPS = int(os.environ.get("ACL_STOPS", 2))
@@ -54,7 +54,7 @@ def signal_group(job, *numbers, apart=0.01):
 
 SIGNALS = {"SIGTERM": (15,), "SIGINT": (2,), "SIGTERM twice": (15, 15), "SIGINT, then SIGTERM": (2, 15)}
 
-@pytest.mark.parametrize("numbers", SIGNALS.values(), ids=SIGNALS)
+@pytest.mark.parametrize("numbers", some(SIGNALS, "SIGTERM twice", "SIGINT"))
 def test_a_signal_to_the_group_saves(photographs, tmp_path, numbers):
     mine = recipe_file(tmp_path/"mine.json", photographs, epochs=500)
     job = start(["--recipe", mine, "--out", "run", "--workers", 1, "--save_every", 0], tmp_path)
@@ -94,7 +94,7 @@ if __name__ == "__main__": acl_train()
     steps = 130 * 4 // 5 // 16                                             # a fifth of the pictures is the test
     assert latest(tmp_path/"run"/"checkpoint").name.startswith(f"at_0_{steps}_") and rows(tmp_path/"run") == 0
 
-@pytest.mark.parametrize("whom", ["the group of torchrun", "torchrun alone"])
+@pytest.mark.parametrize("whom", ["the group of torchrun", pytest.param("torchrun alone", marks=SLOW)])
 def test_two_ranks_with_workers_under_torchrun(photographs, tmp_path, whom):
     mine = recipe_file(tmp_path/"mine.json", photographs, epochs=500)
     job = start(["--recipe", mine, "--out", "run", "--workers", 1, "--save_every", 0], tmp_path, ranks=2)
@@ -107,6 +107,7 @@ def test_two_ranks_with_workers_under_torchrun(photographs, tmp_path, whom):
     assert "killed by signal" not in said and "LoaderDied" not in said, said
     assert latest(tmp_path/"run"/"checkpoint") and not (tmp_path/"run"/"summary.json").exists()
 
+@SLOW
 def test_stopped_again_and_again_with_workers(photographs, tmp_path):
     "The run ends as one that was never interrupted."
     mine, rng = recipe_file(tmp_path/"mine.json", photographs, epochs=3, precision="fp32"), random.Random(0)
@@ -172,7 +173,7 @@ def test_the_pipe_of_the_output_may_close(pictures, tmp_path):
     r = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert Run(tmp_path/"run").finished and "Traceback" not in r.stderr and "BrokenPipe" not in r.stderr, r.stderr
 
-@pytest.mark.parametrize("encoding", ["cp932", "ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["cp932", *(pytest.param(e, marks=SLOW) for e in ("ascii", "latin-1"))])
 def test_a_terminal_that_does_not_know_a_character(pictures, tmp_path, encoding):
     mine = recipe_file(tmp_path/"mine.json", pictures, epochs=2)
     job = start(["--recipe", mine, "--out", "run", "--workers", 0], tmp_path, env={"PYTHONIOENCODING": encoding})

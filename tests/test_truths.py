@@ -454,7 +454,7 @@ def test_an_average_of_the_weights_is_not_its_random_start_on_a_short_run(tmp_pa
     run = fit(recipe("digits_lt", epochs=20, ema=0.999, precision="fp32"), tmp_path/"run", quiet=True)
     assert run.summary["top1"] > 0.7
 
-@pytest.mark.parametrize("lr", ["1e6", "1e12", "1e30"])
+@pytest.mark.parametrize("lr", ["1e6", "1e30"])
 def test_an_impossible_learning_rate_diverges(tmp_path, lr):
     with pytest.raises(Diverged, match=r"training diverged in epoch 1, step \d+, at learning rate"):
         fit(recipe("digits_lt", epochs=2, lr=lr), tmp_path/"run", quiet=True)
