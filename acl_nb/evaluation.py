@@ -61,7 +61,7 @@ def evaluate_run(
     parts:Parts,                  # with the weights loaded, of `open_run`
     split:str="test",             # test | train
     how:Adjustment=Adjustment(),  # what is done to the logits
-) -> dict:                        # scores, space, predictions, …; of an adjusted one also before, difference
+) -> dict:                        # scores, predictions, …; of an adjusted one before, difference
     "All there is to say of a network on a data set."
     require(world_size() == 1, "an evaluation runs in one process", world_size())
     out, counts = outputs_of(parts, _part(parts, split)), parts.data.counts
@@ -116,21 +116,22 @@ def _write_logits(result, parts, path):
     "Logits [n, C], labels [n], counts [C] and names [C] as one file of arrays."
     made = io.BytesIO()
     names = numpy.array([str(name) for name in parts.data.classes])
-    arrays = {"logits": result["logits"], "labels": result["predictions"]["labels"], "counts": parts.data.counts}
-    numpy.savez_compressed(made, classes=names, **{name: values.numpy() for name, values in arrays.items()})
+    labels, counts = result["predictions"]["labels"].numpy(), parts.data.counts.numpy()
+    logits = result["logits"].numpy()
+    numpy.savez_compressed(made, logits=logits, labels=labels, counts=counts, classes=names)
     write_bytes(path, made.getbuffer())
 
-# %% ../nbs/71_evaluation.ipynb #247311e8
+# %% ../nbs/71_evaluation.ipynb #5dd965a7
 def _figures(result, counts, names):
     "The figures of an evaluation's page."
     made, scores = result["predictions"], result["scores"]
-    table = confusion(made["predicted"], made["labels"], len(names))
-    return {"per_class": plot_per_class(scores["per_class"], counts, names, "Accuracy of each class"),
+    table, title = confusion(made["predicted"], made["labels"], len(names)), "Accuracy of each class"
+    return {"per_class": plot_per_class(scores["per_class"], counts, names, title),
             "confusion": plot_confusion(table, counts, names, "Who is taken for whom"),
             "reliability": plot_reliability(result["reliability"], "How sure, and how right"),
             "shift": plot_shift(result["shift"], "Under other class frequencies")}
 
-# %% ../nbs/71_evaluation.ipynb #e4ae327e
+# %% ../nbs/71_evaluation.ipynb #d487ab85
 def _lead(result, parts):
     "What the page's numbers are of."
     n, C = len(result["predictions"]["labels"]), len(parts.data.classes)
@@ -138,17 +139,19 @@ def _lead(result, parts):
     if "difference" not in result: return said
     before = percent(result["before"]["mean_per_class"])
     apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
-    return f"{said} Before: {before} over classes; the difference is {apart} points ({low} to {high})."
+    return f"{said} Before: {before} over classes; the difference: {apart} points ({low} to {high})."
 
 def _write_page(result, run, parts, path, split):
     counts, names = parts.data.counts, parts.data.classes
     each = zip(names, counts.tolist(), result["scores"]["per_class"])
     per_class = {f"{name}, {n:,} training images": percent(accuracy) for name, n, accuracy in each}
     title = f"{run.recipe['name']} with {run.recipe['loss']}, {split}"
-    folded = {"Feature space": result["space"], "Accuracy of every class": per_class, "Recipe": run.recipe}
-    write_page(path, title, _lead(result, parts), result["scores"], _figures(result, counts, names), folded)
+    folded = {"Feature space": result["space"], "Accuracy of every class": per_class}
+    folded["Recipe"] = run.recipe
+    figures = _figures(result, counts, names)
+    write_page(path, title, _lead(result, parts), result["scores"], figures, folded)
 
-# %% ../nbs/71_evaluation.ipynb #cd4b4cc7
+# %% ../nbs/71_evaluation.ipynb #a2acb571
 def write_evaluation(
     result:dict,       # of `evaluate_run`
     run:Run,           # of `open_run`
@@ -161,10 +164,11 @@ def write_evaluation(
     if path.name == "logits.npz": return _write_logits(result, parts, path)
     if path.suffix == ".html": return _write_page(result, run, parts, path, split)
     if path.suffix != ".json": return write_predictions(result["predictions"], path)
-    numbers = {name: value for name, value in result.items() if name not in ("predictions", "logits")}
+    of_images = ("predictions", "logits")
+    numbers = {name: value for name, value in result.items() if name not in of_images}
     write_json(path, {"split": split, "classes": parts.data.classes, **numbers})
 
-# %% ../nbs/71_evaluation.ipynb #8909337c
+# %% ../nbs/71_evaluation.ipynb #76a9af8d
 def _agreement(scores, summary):
     "One line on how the numbers compare with a summary's; empty without one."
     if summary is None: return ""
@@ -173,15 +177,16 @@ def _agreement(scores, summary):
     apart = [f"{name} {abs(a - b):.2g} off" for name, (a, b) in numbers.items() if a != b]
     return "summary.json: " + (", ".join(apart) or "the same numbers, exactly")
 
-def _scores_line(scores): return f"{accuracy_line(scores)}  calibration error {percent(scores['ece'])}"
+def _scores_line(scores):
+    return f"{accuracy_line(scores)}  calibration error {percent(scores['ece'])}"
 
 def _change_line(result):
     "What an adjustment made of a network."
     apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
     changed = f"{result['adjustment']}: {_scores_line(result['scores'])}"
-    return f"{changed}\nmean over classes {apart} points ({low} to {high}), paired by the test images"
+    return f"{changed}\nmean over classes {apart} points ({low} to {high}), on the same images"
 
-# %% ../nbs/71_evaluation.ipynb #693c49fc
+# %% ../nbs/71_evaluation.ipynb #8d4d7597
 def _shown(number, unit=""): return "–" if number is None else f"{number:.3f}{unit}"
 
 def _space_line(space):
@@ -201,7 +206,7 @@ def _lines(result, run, parts, split):
     table = class_table(result["predictions"], parts.data.counts, parts.data.classes)
     return "\n".join([*filter(None, lines), "", table])
 
-# %% ../nbs/71_evaluation.ipynb #a59196ab
+# %% ../nbs/71_evaluation.ipynb #5f9e2638
 def _complete(run, parts):
     "Give an earlier version's file of weights the facts of a model; says so."
     path = run.path/WEIGHTS
@@ -211,7 +216,7 @@ def _complete(run, parts):
     save_model(network, describe_model(asdict(parts.recipe), parts.data), path)
     print(f"{path} written anew: it now tells its classes and how images are prepared")
 
-# %% ../nbs/71_evaluation.ipynb #4f9ee3d4
+# %% ../nbs/71_evaluation.ipynb #78ca3837
 _KINDS = (".npz", ".csv", ".json", ".html")
 
 def _check_out(paths):
@@ -236,7 +241,7 @@ def _asked(parts, tau, normalise, prior, tune):
     how = Adjustment(tau, 1.0 if normalise else None, prior)
     return _tuned(parts, how) if tune else how
 
-# %% ../nbs/71_evaluation.ipynb #cc6c8e98
+# %% ../nbs/71_evaluation.ipynb #297ecebc
 @command
 def acl_eval(
     run:str,               # run folder, or a model.safetensors beside its recipe.json
@@ -246,8 +251,8 @@ def acl_eval(
     tau:float=None,        # adjust the logits afterwards: subtract so much of the log-prior
     tune:str=None,         # tau: choose it on the validation part, never on the test images
     normalise:bool=False,  # bring the class weights to length 1 first (τ-normalisation)
-    test_prior:str=None,   # move the logits to class frequencies: uniform, train, inverse, or a file
-    out:list=None,         # files: predictions .npz or .csv, numbers .json, a page .html, logits.npz
+    test_prior:str=None,   # move the logits to class frequencies: uniform, train, inverse, a file
+    out:list=None,         # files: predictions .npz, .csv, numbers .json, a page .html, logits.npz
 ): # prints
     "Evaluate a finished run, as it is or adjusted: accuracies, confusions, calibration, feature space."
     require(split in ("test", "train"), "`split` must be test or train", split)

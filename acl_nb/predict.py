@@ -102,6 +102,7 @@ def _read(network, images, contrastive, precision):
     z = network.head(features) if contrastive else F.normalize(features.flatten(1), dim=1)
     return features, z.float(), network.read_out(features).float()
 
+# %% ../nbs/70_predict.ipynb #e5f30a1d
 @torch.inference_mode()
 def _answer(predictor, pixels):
     "Logits, embeddings and nearest centre (-1: none) of a batch, on the CPU."
@@ -117,7 +118,7 @@ def _best_device():
     there = torch.accelerator.is_available()
     return torch.accelerator.current_accelerator() if there else "cpu"
 
-# %% ../nbs/70_predict.ipynb #54d718b3
+# %% ../nbs/70_predict.ipynb #d736826a
 def _listed(images):
     "What a user gave, as a list of images."
     if isinstance(images, (str, Path)) and user_path(images).is_dir():
@@ -129,7 +130,7 @@ def _listed(images):
     require(len(listed) > 0, "`images` must hold at least one image", "none")
     return listed
 
-# %% ../nbs/70_predict.ipynb #5f316961
+# %% ../nbs/70_predict.ipynb #db4983ea
 class Predictor:
     "Images in, names out: `predictor(images) -> Predictions`."
     def __init__(self,
@@ -170,7 +171,7 @@ class Predictor:
         pixels, changed = zip(*map(self.prepare.pixels, _listed(images)))
         return self.of_pixels(torch.stack(pixels), top, changed)
 
-# %% ../nbs/70_predict.ipynb #191a30c8
+# %% ../nbs/70_predict.ipynb #1d84cf4d
 class _FromPixels(nn.Module):
     "From uint8 [B, channels, S, S] to logits [B, C]."
     def __init__(self,
@@ -204,7 +205,7 @@ def _write_onnx(graph, facts, path):
     made.model.metadata_props["acl_nb"] = json.dumps(asdict(facts))
     made.save(path)
 
-# %% ../nbs/70_predict.ipynb #3bbf911b
+# %% ../nbs/70_predict.ipynb #bc7eb068
 def export_model(
     model,  # of `load_model`, or what it takes
     path,   # .pt2 (torch.export) or .onnx
@@ -221,7 +222,7 @@ def export_model(
         torch.export.save(made, path, extra_files={"facts.json": json.dumps(asdict(network.facts))})
     return path
 
-# %% ../nbs/70_predict.ipynb #bf9542ac
+# %% ../nbs/70_predict.ipynb #dfcfb45e
 def _named_files(paths):
     "All files that were named, folders in their order."
     found = []
@@ -241,7 +242,7 @@ def _readable(predictor, paths):
             failed += 1
     return good, failed
 
-# %% ../nbs/70_predict.ipynb #0a49763e
+# %% ../nbs/70_predict.ipynb #fd2c3e7a
 def _rows(predictor, paths, top):
     "A dict for each readable file, and the number of the others."
     rows, all_failed = [], 0
@@ -257,7 +258,7 @@ def _rows(predictor, paths, top):
             rows.append(row | {"changed": changed})
     return rows, all_failed
 
-# %% ../nbs/70_predict.ipynb #157d8963
+# %% ../nbs/70_predict.ipynb #d8e31765
 def _as_table(rows):
     lines = [["image", "class", "", "then"]]
     for row in rows:
@@ -277,10 +278,10 @@ def _as_csv(rows):
         writer.writerow([row["image"], *cells, row["nearest_center"] or ""])
     return made.getvalue().rstrip("\n")
 
-# %% ../nbs/70_predict.ipynb #1cbbdddb
+# %% ../nbs/70_predict.ipynb #c48df5ea
 _CHANGED = {
-    "grey": "{n:,} grey images: their one channel stands for all three that the network takes",
-    "colour": "{n:,} coloured images were made grey, as the network takes one channel",
+    "grey": "grey images, whose one channel stands for all three of the network: {n:,}",
+    "colour": "coloured images, made grey because the network takes one channel: {n:,}",
 }
 
 def _changes(rows):
@@ -288,14 +289,13 @@ def _changes(rows):
     found = {what: sum(row["changed"] == what for row in rows) for what in _CHANGED}
     return [_CHANGED[what].format(n=n) for what, n in found.items() if n]
 
-# %% ../nbs/70_predict.ipynb #5cf6ef70
+# %% ../nbs/70_predict.ipynb #58cd2b62
 def _print_rows(rows, as_json, as_csv):
-    require(not (as_json and as_csv), "--json and --csv are two forms: give one of them")
     if as_json: print(json.dumps(rows, indent=1))
     elif as_csv: print(_as_csv(rows))
     elif rows: print(_as_table(rows))
 
-# %% ../nbs/70_predict.ipynb #ab9e91af
+# %% ../nbs/70_predict.ipynb #7c3405c5
 @command
 def acl_predict(
     model:str,              # run folder, model.safetensors, or a name on the hub, USER/NAME
@@ -310,6 +310,7 @@ def acl_predict(
     device:str=None,        # cpu, cuda, …; default: an accelerator where there is one
 ): # prints
     "Name what is on images, by a trained network."
+    require(not (json and csv), "--json and --csv are two forms: give one of them")
     how = Adjustment(tau=tau, prior=test_prior, power=1.0 if normalise else None)
     predictor = Predictor(model, device, how)
     rows, failed = _rows(predictor, _named_files(images), top)
