@@ -114,6 +114,13 @@ def _answer(predictor, pixels):
     nearest = torch.full((len(z),), -1) if centers is None else (z @ centers.float().T).argmax(1)
     return logits.float().cpu(), z.cpu(), nearest.cpu()
 
+def _named(classes, logits, z, nearest, top, changed):
+    "What the numbers mean."
+    probabilities, likely = logits.softmax(1).topk(min(top, len(classes)))
+    names = [[classes[c] for c in row] for row in likely.tolist()]
+    by_center = [classes[c] if c >= 0 else None for c in nearest.tolist()]
+    return Predictions(names, likely, probabilities, logits, z, by_center, list(changed))
+
 def _best_device():
     there = torch.accelerator.is_available()
     return torch.accelerator.current_accelerator() if there else "cpu"
@@ -158,10 +165,7 @@ class Predictor:
         require(top >= 1, "`top` must be at least 1", top)
         found = [_answer(self, batch) for batch in pixels.split(self.batch_size)]
         logits, z, nearest = (torch.cat(parts) for parts in zip(*found))
-        probabilities, classes = logits.softmax(1).topk(min(top, len(self.classes)))
-        names = [[self.classes[c] for c in row] for row in classes.tolist()]
-        by_center = [self.classes[c] if c >= 0 else None for c in nearest.tolist()]
-        return Predictions(names, classes, probabilities, logits, z, by_center, list(changed))
+        return _named(self.classes, logits, z, nearest, top, changed)
 
     def __call__(self,
         images,      # an image, or a list: paths, PIL images, arrays, uint8 tensors; or a folder
