@@ -139,6 +139,9 @@ def _tiles(scores):
 _ABOUT = {
     "counts": "Classes run from head to tail in every figure.",
     "per_class": "On the test set, after the last epoch.",
+    "shift": (
+        "Expected where the classes are as unequal as 50 : 1 in the order of the training set "
+        "(left), equally frequent (middle), or in the reverse order (right)."),
     "confusion": (
         "A row is a true class; its cells say what its test images were taken for. "
         "Left of the diagonal is what the tail loses to the head."),
