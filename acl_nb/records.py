@@ -156,10 +156,13 @@ def _devices():
 # %% ../nbs/52_records.ipynb #84c61697
 def environment() -> dict: # plain values, ready for JSON
     "Versions, hardware and commit, for a run's record."
-    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__}
-    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    code = {"acl_nb": acl_nb.__version__, "commit": code_commit(),
+            "python": platform.python_version()}
+    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__,
+                 "numpy": numpy.__version__}
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count(),
+               "threads": torch.get_num_threads()}
     chosen = {"matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
-    code = {"acl_nb": acl_nb.__version__, "commit": code_commit(), "python": platform.python_version()}
     return {**code, **libraries, **machine, **chosen}
 
 # %% ../nbs/52_records.ipynb #83810b31
