@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import acl_nb
 from .checks import require, user_path
-from .cli import command
+from .commands import command
 from .metrics import alignment, center_separation, confusion, evaluate, predictions, reliability, uniformity
 from .networks import load_network
 from .build import Parts, build, find_setup, half_precision, start_processes
