@@ -68,8 +68,9 @@ def field_readers(
     of_data = [name for name in DATASETS if field in facts_of(name).reads]
     return _names_of(of_data, DATASETS) if of_data else "all"
 
-# %% ../nbs/75_cli.ipynb #c0259e3a
-_GROUPS = {"DATA": DataSettings, "NETWORK": NetworkSettings, "LOSS": LossSettings, "TRAINING": Recipe}
+# %% ../nbs/75_cli.ipynb #682619aa
+_GROUPS = {"DATA": DataSettings, "NETWORK": NetworkSettings, "LOSS": LossSettings,
+           "TRAINING": Recipe}          # which declares the rest
 _FIELDS = [f.name for f in fields(Recipe)]
 
 def _shown(value):
@@ -78,9 +79,10 @@ def _shown(value):
 
 def _field_row(group, field):
     "Name, default, meaning and readers of a field that a class of settings declares."
-    return [field, _shown(getattr(group, field)), docments(group)[field] or "", field_readers(field)]
+    meaning = (docments(group)[field] or "").replace("None:", "none:")
+    return [field, _shown(getattr(group, field)), meaning, field_readers(field)]
 
-# %% ../nbs/75_cli.ipynb #904e3a97
+# %% ../nbs/75_cli.ipynb #a9c83582
 def field_table(
     names=(),   # of fields; none: all
 ) -> str:       # lines of at most 100 characters
@@ -92,9 +94,9 @@ def field_table(
         own = [field for field in group.__annotations__ if not names or field in names]
         if own: rows += [[""] * 4, [title, "", "", ""]]
         rows += [_field_row(group, field) for field in own]
-    return text_table(rows, left=4, wrap={2: 40, 3: 31})
+    return text_table(rows, left=4, wrap={2: 41, 3: 30})
 
-# %% ../nbs/75_cli.ipynb #a51da206
+# %% ../nbs/75_cli.ipynb #fb52b6bf
 def parse_settings(
     pairs:list,  # texts "field=value"
 ) -> dict:       # field -> text
@@ -106,7 +108,7 @@ def parse_settings(
     require(len(settings) == len(pairs), "--set must name a field once", given)
     return settings
 
-# %% ../nbs/75_cli.ipynb #8f95f1c9
+# %% ../nbs/75_cli.ipynb #2c67002b
 def _explain(name, value):
     "What to say of a word that is no argument of `acl_train`; None where there is nothing to say."
     if name in _FIELDS and name != "name":
@@ -115,7 +117,7 @@ def _explain(name, value):
     if Path(name, "recipe.json").is_file():
         return f"the recipe of a run is given by its file: --recipe {Path(name, 'recipe.json')}"
 
-# %% ../nbs/75_cli.ipynb #5eea2e7b
+# %% ../nbs/75_cli.ipynb #9eb4dc73
 def _recipe_by_name(name, changed):
     "A recipe by its name; what looks like a setting or a file is answered as such."
     field, equals, value = name.partition("=")
@@ -140,7 +142,7 @@ def resolve(
     r = read_recipe(file, **changed)
     return r, None if r.name in RECIPES else read_recipe(file)
 
-# %% ../nbs/75_cli.ipynb #94f3511b
+# %% ../nbs/75_cli.ipynb #60632d9f
 def report_line(
     run:Run,  # a finished run
 ) -> str:     # accuracies, and where the rest is
@@ -150,7 +152,7 @@ def report_line(
     lines = [accuracies, images_line(s, run.env["data"]), f"{run.path}/report.html"]
     return "\n".join(filter(None, lines))
 
-# %% ../nbs/75_cli.ipynb #5e60267a
+# %% ../nbs/75_cli.ipynb #aa3cfa42
 def _probes(r, every):
     if every is None: every = 10 if can_probe(r.loss) else 0
     require(every >= 0, "`probe` must be a number of steps, or 0 for none", every)
@@ -170,7 +172,7 @@ _OFFERED = dict(
     name=RECIPES, loss=LOSSES, track=TRACKERS, resume=("auto", "never", "must"),
     fields=_FIELDS, set=[f"{field}=" for field in _FIELDS if field != "name"])
 
-# %% ../nbs/75_cli.ipynb #1a41a227
+# %% ../nbs/75_cli.ipynb #bd394e3d
 @command(complete=_OFFERED, explain=_explain)
 def acl_train(
     name:str=None,       # recipe, see --list; default: digits_lt
@@ -185,13 +187,13 @@ def acl_train(
     epochs:str=None,     # epochs to train
     seed:str=None,       # of weights, batches and views
     data:str=None,       # folder of the data set's files
-    out:str=None,        # folder for the run; default: runs/RECIPE, with the fields that were changed
-    resume:str="auto",   # auto: go on if there is a run; never: start over; must: refuse without one
+    out:str=None,        # folder for the run; default: runs/RECIPE and the fields that were changed
+    resume:str="auto",   # auto: go on if there is a run; never: start over; must: there must be one
     save_every:float=300,    # seconds between checkpoints within an epoch
     track:str=None,      # show the run in trackio, wandb or tensorboard too
     tensorboard:bool=False,  # the same as --track tensorboard: write to OUT/tensorboard
-    workers:int=None,    # processes that load images; default: none for images in memory, else up to 8
-    probe:int=None,      # steps between two measurements of the gradient balance; 0: none; default: 10
+    workers:int=None,    # processes that load images; default: none for images in memory, else <= 8
+    probe:int=None,      # steps between two measurements of the gradient; 0: none; default: 10
     set:list=None,       # any other fields of the recipe, as field=value; see --fields
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
@@ -204,9 +206,9 @@ def acl_train(
     _train(r, folder, resume, callbacks=_probes(r, probe), save_every=save_every,
            track=track, tensorboard=tensorboard, workers=workers)
 
-# %% ../nbs/75_cli.ipynb #35edc334
+# %% ../nbs/75_cli.ipynb #18bf813e
 def _counted(name, folder):
-    "Training images of each class, from the facts or from a list in the folder; None where there is none."
+    "Training images of each class, by the facts or a list in the folder; None without either."
     counts = usual_counts(name) if name in FACTS else None
     if counts is not None: return counts
     if not find_list(name, "train", folder): return None
@@ -227,12 +229,12 @@ def _size_row(name, counts):
 
 def benchmark_rows(
     folder,  # that may hold list files
-) -> list:   # one list of texts per data set: name, images, classes, max, min, imbalance, many, medium, few
+) -> list:   # one list of nine texts per data set, as `acl_data list` shows them
     "Size and shape of every training set, counted where its list is there."
     cut = [name for name in FACTS if usual_counts(name) is not None]
     return [_size_row(name, _counted(name, folder)) for name in [*cut, *BENCHMARKS]]
 
-# %% ../nbs/75_cli.ipynb #ad24678e
+# %% ../nbs/75_cli.ipynb #31438a28
 def _parts_of(name, data):
     "The lists of a data set, or its images in memory, by part."
     if name in BENCHMARKS: return benchmark_files(name, data)
@@ -256,7 +258,7 @@ def check_data(
         lines.append(line)
     return lines
 
-# %% ../nbs/75_cli.ipynb #9a0c6615
+# %% ../nbs/75_cli.ipynb #0be95630
 def _left_out_line(rule, faces):
     "How many faces a rule leaves out, and some of their fonts."
     some = ", ".join(dict.fromkeys(face[0] for face in faces[:3]))
@@ -279,7 +281,7 @@ def glyphs_report(
     except BadInput as e: lines.append(f"glyphs_lt: not ready, {e}")
     return "\n".join(lines)
 
-# %% ../nbs/75_cli.ipynb #5b9a5bd6
+# %% ../nbs/75_cli.ipynb #0abddd3b
 def _list(name, data, base, decode):
     head = ["", "images", "classes", "max", "min", "imbalance", "many", "medium", "few"]
     print(text_table([head, *benchmark_rows(data)]))
@@ -297,7 +299,7 @@ def _check(name, data, base, decode):
 
 def _glyphs(name, data, base, decode): print(glyphs_report(user_path(data)/"glyphs"))
 
-# %% ../nbs/75_cli.ipynb #7228ecc2
+# %% ../nbs/75_cli.ipynb #50a21c4b
 ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "glyphs": _glyphs}
 
 @command(complete=dict(action=ACTIONS, name={**DATASETS, **BENCHMARKS}))
@@ -306,7 +308,7 @@ def acl_data(
     name:str=None,       # of the data set: a key of `BENCHMARKS` or `DATASETS`
     *,
     data:str="data",     # folder of the lists and images
-    base:str=None,       # address to fetch lists from; default: $ACL_LISTS_URL, else public code that ships them
+    base:str=None,       # address of the lists; default: $ACL_LISTS_URL, else public code that ships them
     decode:bool=False,   # check: also decode every image
 ): # prints
     "List the data sets, fetch the list files of a benchmark, check that all is there, or say what the fonts here give."
