@@ -321,7 +321,8 @@ def hold_folder(
 
 # %% ../nbs/52_records.ipynb #56320ee2
 _RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors",
-            "checkpoint", HISTORY, BALANCE, "tensorboard")    # deleted in this order
+            "checkpoint", HISTORY, BALANCE,
+            "tensorboard", "trackio.json", "wandb.json")      # deleted in this order
 
 # %% ../nbs/52_records.ipynb #cefd131a
 def begin_folder(
