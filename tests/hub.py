@@ -1,4 +1,4 @@
-"A stand-in of the Hugging Face hub: repositories in memory, at the addresses that the hub's library asks."
+"A stand-in of the Hugging Face hub: repositories in memory, at the addresses of the real one."
 import base64
 import hashlib
 import json
@@ -20,15 +20,17 @@ class Hub:
 
     def commit(self, repo):
         "A number of the commit, made from what the repository holds."
-        held = sorted((name, hashlib.sha1(data).hexdigest()) for name, data in self.repos[repo].items())
-        return hashlib.sha1(json.dumps(held).encode()).hexdigest()
+        digest = hashlib.sha1()
+        for name, data in sorted(self.repos[repo].items()): digest.update(name.encode() + data)
+        return digest.hexdigest()
 
     def create(self, asked):
         repo = f"{asked['organization']}/{asked['name']}"
-        if repo in self.repos: return 409, {"error": "You already created this model repo"}
+        known = {"url": f"{self.address}/{repo}", "name": repo}
+        if repo in self.repos: return 409, {"error": "You already created this model repo", **known}
         self.repos[repo] = {}
         if asked.get("private") or asked.get("visibility") == "private": self.private.add(repo)
-        return 200, {"url": f"{self.address}/{repo}", "name": repo}
+        return 200, known
 
     def upload(self, repo, lines):
         for line in map(json.loads, lines.splitlines()):
@@ -36,7 +38,8 @@ class Hub:
             assert line["value"]["encoding"] == "base64"
             self.repos[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         commit = self.commit(repo)
-        return 200, {"success": True, "commitOid": commit, "commitUrl": f"{self.address}/{repo}/commit/{commit}"}
+        url = f"{self.address}/{repo}/commit/{commit}"
+        return 200, {"success": True, "commitOid": commit, "commitUrl": url}
 
     def answer(self, path, body):
         "(status, JSON) for what is sent to the interface."
@@ -46,7 +49,8 @@ class Hub:
         if not found or found[1] not in self.repos: return 404, {"error": "Repository not found"}
         if found[2] == "commit": return self.upload(found[1], body)
         paths = [file["path"] for file in json.loads(body)["files"]]
-        return 200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+        regular = {"uploadMode": "regular", "shouldIgnore": False}
+        return 200, {"files": [{"path": path, **regular} for path in paths]}
 
     def file(self, path):
         "(its bytes, the commit) of a file that is asked for; nothing where there is none."
@@ -65,7 +69,8 @@ def _handler(hub):
 
         def send(self, status, data, kind="application/json", **headers):
             self.send_response(status)
-            for name, value in {"Content-Type": kind, "Content-Length": len(data), **headers}.items():
+            every = {"Content-Type": kind, "Content-Length": len(data), **headers}
+            for name, value in every.items():
                 self.send_header(name.replace("_", "-"), str(value))
             self.end_headers()
             if self.command != "HEAD": self.wfile.write(data)
@@ -79,7 +84,8 @@ def _handler(hub):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.refused(): return
-            if self.headers["Authorization"] != f"Bearer {TOKEN}": return self.send(401, b'{"error": "who?"}')
+            known = self.headers["Authorization"] == f"Bearer {TOKEN}"
+            if not known: return self.send(401, b'{"error": "who?"}')
             status, said = hub.answer(self.path, body)
             self.send(status, json.dumps(said).encode())
 
