@@ -97,7 +97,7 @@ def _data(run):
         "imbalance (head / tail)": f"{data['imbalance']:g}",
         "many-, medium- and few-shot classes": ", ".join(groups),
         "test images": f"{data['test']:,}, the split {data['split']}",
-        "SHA-256 of both parts": data["sha256"],
+        "SHA-256 of both parts": f"{data['sha256'][:16]}…",
     }
 
 # %% ../nbs/68_cards.ipynb #51fa366f

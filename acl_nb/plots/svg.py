@@ -15,8 +15,8 @@ from jinja2 import Environment, StrictUndefined
 from ..counts import shot_groups
 from .look import ATTRACTION, GROUP_SHADES, LOG_TICKS, NEUTRAL, _head_to_tail
 
-# %% ../../nbs/67_plots.svg.ipynb #932f27ac
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 472, 48, 200     # of the bars, in a picture of 480 x 270 pixels
+# %% ../../nbs/67_plots.svg.ipynb #76c4174f
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 472, 56, 204     # of the bars, in a picture of 480 x 270 pixels
 
 def _across(share):
     "Pixels from the left."
@@ -62,7 +62,11 @@ def _labels(names):
     "Place and text below each bar; none where there are more than twenty."
     if len(names) > 20: return []
     short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
-    return [{"x": _across((i + .6) / len(names)), "text": name} for i, name in enumerate(short)]
+    straight = {"turn": 0, "anchor": "middle", "shift": .5}
+    turned = {"turn": -25, "anchor": "end", "shift": .6}
+    how = straight if max(map(len, short)) <= 3 else turned
+    places = [_across((i + how["shift"]) / len(names)) for i in range(len(names))]
+    return [{"x": x, "text": name, **how} for x, name in zip(places, short)]
 
 # %% ../../nbs/67_plots.svg.ipynb #d849aef3
 _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 270" width="480" height="270"
@@ -81,8 +85,8 @@ _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 270" width="4
 {% endfor %}
 <path d="{{ bars }}" fill="{{ colour }}"/>
 {% for label in labels %}
-<text transform="translate({{ label.x }} {{ bottom + 13 }}) rotate(-25)"
- text-anchor="end" font-size="11">{{ label.text }}</text>
+<text transform="translate({{ label.x }} {{ bottom + 13 }}) rotate({{ label.turn }})"
+ text-anchor="{{ label.anchor }}" font-size="11">{{ label.text }}</text>
 {% endfor %}
 <text x="{{ right }}" y="264" text-anchor="end">{{ below }}</text>
 </svg>
