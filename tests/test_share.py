@@ -73,6 +73,7 @@ def test_what_is_shared_is_the_run(tmp_path, own):
     card = (shared/"README.md").read_text()
     assert "| a\\|b | 12 |" in card and "&lt;b&gt;tit |" in card and "<b>" not in card
     assert "acl_predict ada/birds" in card and "## License\n\nmit" in card
+    assert 'from acl_nb.models import load_model\n\nnetwork = load_model("ada/birds")' in card
     assert "1 could not be read" in (shared/"report.html").read_text()
     metadata = huggingface_hub.ModelCard(card).data
     assert (metadata.library_name, metadata.license) == ("acl_nb", "mit")
