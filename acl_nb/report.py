@@ -160,7 +160,8 @@ def _drawn(figures):
     drawn = []
     for name, figure in figures.items():
         bare = go.Figure(figure).update_layout(title=None, margin_t=25, margin_l=55, margin_r=10)
-        html = bare.to_html(full_html=False, include_plotlyjs=not drawn, config=_CONFIG)
+        html = bare.to_html(full_html=False, include_plotlyjs=not drawn, config=_CONFIG,
+                            div_id=f"figure-{name}")        # by chance otherwise
         drawn.append({"title": figure.layout.title.text, "about": _ABOUT.get(name, ""), "drawn": html})
     return drawn
 
