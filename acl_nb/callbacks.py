@@ -18,6 +18,7 @@ from .checkpoints import save_checkpoint
 from .checks import BadInput
 from .counts import shot_groups
 from .datasets.decoders import Note
+from .intervals import accuracy_intervals
 from .loop import Diverged, Training, checkpoint_of
 from .momentum import MomentumCopy
 from .networks import Network, save_network
@@ -184,7 +185,8 @@ def write_results(
     out:Path,      # its folder
 ):
     "Write the network, the predictions, the summary and the report of a run that is done."
-    summary = {**run.scores, **_outcome(run), **_met_images(run.parts.data.train)}
+    intervals = accuracy_intervals(run.predictions, run.parts.data.counts)
+    summary = {**run.scores, "intervals": intervals, **_outcome(run), **_met_images(run.parts.data.train)}
     save_network(run.tested, out/"model.safetensors")
     write_predictions(run.predictions, out/"predictions.npz")
     write_json(out/"summary.json", summary)
