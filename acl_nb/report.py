@@ -89,6 +89,9 @@ h2 {font-size: 1.15rem; margin: 2rem 0 .2rem}
 table {border-collapse: collapse; width: 100%; font-size: .9rem}
 td {border-top: 1px solid #e4e8eb; padding: .25rem .5rem}
 td {vertical-align: top; overflow-wrap: anywhere}
+th {text-align: left; padding: .25rem .5rem; overflow-wrap: anywhere}
+td small {display: block; color: #5B6770}
+.wide {overflow-x: auto}
 td:first-child {color: #5B6770; width: 40%; max-width: 12rem}
 details {margin: 1rem 0}
 summary {cursor: pointer; font-weight: 600}
@@ -115,6 +118,19 @@ _MACROS = """
 {% endfor %}
 </table>
 </details>
+{% endmacro %}
+
+{% macro columns(head, rows) %}
+<div class="wide"><table>
+<tr><th></th>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name, cells in rows.items() %}
+<tr><td>{{ name }}</td>
+{% for text, below, strong in cells %}
+<td>{% if strong %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}<small>{{ below }}</small></td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
 {% endmacro %}
 """
 
