@@ -171,10 +171,10 @@ def unpaired_intervals(
     differences = {}
     for name, before in first["intervals"].items():
         after = second["intervals"].get(name)
-        if before is None or after is None: differences[name] = None
+        p, p_after = first.get(name), second.get(name)
+        if None in (before, after, p, p_after): differences[name] = None
         else:
-            p, (low, high) = first[name], before
-            p_after, (low_after, high_after) = second[name], after
+            (low, high), (low_after, high_after) = before, after
             down = math.hypot(p_after - low_after, high - p)
             up = math.hypot(high_after - p_after, p - low)
             difference = p_after - p

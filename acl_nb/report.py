@@ -125,8 +125,8 @@ _MACROS = """
 <tr><th></th>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for name, cells in rows.items() %}
 <tr><td>{{ name }}</td>
-{% for text, below, strong in cells %}
-<td>{% if strong %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}<small>{{ below }}</small></td>
+{% for text, below, marked in cells %}
+<td>{{ text }}{% if marked %} *{% endif %}<small>{{ below }}</small></td>
 {% endfor %}
 </tr>
 {% endfor %}
