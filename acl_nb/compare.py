@@ -180,10 +180,11 @@ def _difference_cell(found):
 def _settings_table(differing):
     "Field -> cells."
     rows = {}
-    for settings in differing.values():
+    for kind, settings in differing.items():
         for field, values in settings.items():
             texts = [value if isinstance(value, str) else dumps(value) for value in values]
-            rows[field] = [(text, "", False) for text in texts]
+            name = field if kind == "recipe" else f"{kind}: {field}"
+            rows[name] = [(text, "", False) for text in texts]
     return rows
 
 # %% ../nbs/74_compare.ipynb #7b15bdc6
@@ -269,7 +270,9 @@ _PAGE = """{% extends "frame" %}
 <td>{{ run.path }}</td></tr>{% endfor %}
 </table>
 <h2>Accuracies</h2>
-{{ draw.columns(*accuracies) }}
+{{ draw.columns(letters, accuracies, "numbers") }}
+<h2>Differences, in points</h2>
+{{ draw.columns(pairs, differences, "numbers") }}
 {% for note in notes %}<p class="about">{{ note }}</p>{% endfor %}
 <h2>Settings that differ</h2>
 {% if settings %}{{ draw.columns(letters, settings) }}
@@ -310,8 +313,10 @@ def write_comparison(
     folded |= {f"Recipe of {side.letter}": side.run.recipe for side in sides}
     images = " and ".join(dict.fromkeys(f"{run['test_images']:,}" for run in runs))
     lead = f"{images} test images, {len(result['classes'])} classes."
-    shown = {"runs": runs, "letters": [run["letter"] for run in runs], "notes": result["notes"],
-             "accuracies": _accuracy_table(result),
+    n, (head, rows) = len(runs), _accuracy_table(result)
+    shown = {"runs": runs, "notes": result["notes"], "letters": head[:n], "pairs": head[n:],
+             "accuracies": {name: cells[:n] for name, cells in rows.items()},
+             "differences": {name: cells[n:] for name, cells in rows.items()},
              "settings": _settings_table(result["differing"])}
     title = f"{len(runs)} runs compared"
     fill_page(path, _PAGE, title, lead, _figures(sides, result), folded, _READ, **shown)

@@ -91,8 +91,10 @@ td {border-top: 1px solid #e4e8eb; padding: .25rem .5rem}
 td {vertical-align: top; overflow-wrap: anywhere}
 th {text-align: left; padding: .25rem .5rem; overflow-wrap: anywhere}
 td small {display: block; color: #5B6770}
-.wide {overflow-x: auto}
 td:first-child {color: #5B6770; width: 40%; max-width: 12rem}
+.wide {overflow-x: auto}
+.wide td:first-child {width: auto}
+.numbers td {white-space: nowrap}
 details {margin: 1rem 0}
 summary {cursor: pointer; font-weight: 600}
 """
@@ -120,8 +122,8 @@ _MACROS = """
 </details>
 {% endmacro %}
 
-{% macro columns(head, rows) %}
-<div class="wide"><table>
+{% macro columns(head, rows, kind="") %}
+<div class="wide {{ kind }}"><table>
 <tr><th></th>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for name, cells in rows.items() %}
 <tr><td>{{ name }}</td>

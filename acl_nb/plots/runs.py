@@ -223,7 +223,8 @@ def plot_balance_runs(
             fig.add_trace(line, panels.index(heading) + 1, 1)
     for i, heading in enumerate(panels, 1):
         fig.update_yaxes(title=heading, tickformat=".0%", rangemode="tozero", row=i, col=1)
-    fig.update_xaxes(title="epoch", tickformat="d", row=len(panels), col=1)
+    last = max(row["epoch"] for rows, _ in runs.values() for row in rows)
+    fig.update_xaxes(title="epoch", tickformat="d", dtick=_step(range(last)), row=len(panels), col=1)
     return styled(fig, title, 80 + 150 * len(panels)).update_layout(showlegend=True)
 
 # %% ../../nbs/06_plots.runs.ipynb #562f3e88
