@@ -55,8 +55,8 @@ def open_runs(
     paths = [user_path(path) for path in paths]
     require(len(paths) >= 2, "at least two runs must be named", len(paths))
     require(len(paths) <= 26, "at most 26 runs can be compared", len(paths))
-    twice = len({path.resolve() for path in paths}) < len(paths)
-    require(not twice, "each run must be named once", ", ".join(map(str, paths)))
+    once = len({path.resolve() for path in paths}) == len(paths)
+    require(once, "each run must be named once", ", ".join(map(str, paths)))
     sides = [_side(letter, path) for letter, path in zip(ascii_uppercase, paths)]
     for other in sides[1:]: _require_same_classes(sides[0], other)
     return sides
@@ -136,9 +136,8 @@ def _pairing_note(first, other):
     return f"{lacking} kept no predictions, so that {b} − {a} is not paired over the test images."
 
 def _notes(sides, differing):
-    first, *others = sides
-    notes = [_recipe_note(differing), *(_pairing_note(first, other) for other in others), _SURE]
-    return [note for note in notes if note]
+    pairing = [_pairing_note(sides[0], other) for other in sides[1:]]
+    return [note for note in (_recipe_note(differing), *pairing, _SURE) if note]
 
 # %% ../nbs/74_compare.ipynb #33c588f5
 def _result(side):
@@ -159,12 +158,10 @@ def compare_runs(
     first, *others = sides
     differing = differing_settings(sides)
     counts = first.data["counts"]
-    return {"runs": [_result(side) for side in sides],
-            "differing": differing,
+    return {"runs": [_result(side) for side in sides], "differing": differing,
             "differences": [_difference(first, other) for other in others],
             "classes": first.data.get("class_names") or [str(i) for i in range(len(counts))],
-            "counts": counts,
-            "notes": _notes(sides, differing)}
+            "counts": counts, "notes": _notes(sides, differing)}
 
 # %% ../nbs/74_compare.ipynb #a52f1c8d
 def _accuracy_cell(run, name):
@@ -257,9 +254,8 @@ def _figures(sides, result):
     accuracies = {run["letter"]: run["per_class"] for run in result["runs"]}
     differences = {f"{d['run']} − {d['to']}": d["per_class"] for d in result["differences"]}
     gained = plot_differences(differences, counts, classes, "Difference of each class")
-    figures = {"differences": gained}
-    figures["per_class"] = plot_per_class(accuracies, counts, classes, "Accuracy of each class")
-    return figures | _balance_figures(sides)
+    accuracy = plot_per_class(accuracies, counts, classes, "Accuracy of each class")
+    return {"differences": gained, "per_class": accuracy} | _balance_figures(sides)
 
 # %% ../nbs/74_compare.ipynb #cff7ef3a
 _PAGE = """{% extends "frame" %}
@@ -280,10 +276,9 @@ _PAGE = """{% extends "frame" %}
 {% endblock %}
 """
 
-# %% ../nbs/74_compare.ipynb #1009caa9
+# %% ../nbs/74_compare.ipynb #e4fc26ed
 _READ = {
-    "differences": (
-        "Bars above the line: the class is better than in A. Classes run from head to tail."),
+    "differences": "Bars above the line: better than in A. Classes run from head to tail.",
     "balance": (
         "Measured while the runs trained: positive pairs that the loss pushes apart, "
         "and which part of all that acts on the classes of a group pulls them together."),
