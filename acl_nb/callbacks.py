@@ -26,6 +26,7 @@ from .checkpoints import save_checkpoint
 from .checks import BadInput
 from .counts import shot_groups
 from .datasets.decoders import Note
+from .intervals import accuracy_intervals
 from .loop import Diverged, Training, checkpoint_of
 from .momentum import MomentumCopy
 from .models import WEIGHTS, describe_model, save_model
@@ -194,7 +195,9 @@ def write_results(
     out:Path,      # its folder
 ):
     "Write the network, the predictions, the summary and the report of a run that is done."
-    summary = {**run.scores, **_outcome(run), **_met_images(run.parts.data.train)}
+    intervals = accuracy_intervals(run.predictions, run.parts.data.counts)
+    summary = {**run.scores, "intervals": intervals, **_outcome(run)}
+    summary |= _met_images(run.parts.data.train)
     facts = describe_model(asdict(run.parts.recipe), run.parts.data)
     save_model(run.tested, facts, out/WEIGHTS)
     write_predictions(run.predictions, out/"predictions.npz")

@@ -28,7 +28,7 @@ from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run
-from .report import accuracy_line, images_line
+from .report import accuracy_line, images_line, run_intervals
 from .settings import DataSettings, LossSettings, NetworkSettings, Recipe
 from .trainer import fit
 
@@ -148,7 +148,8 @@ def report_line(
 ) -> str:     # accuracies, and where the rest is
     "What to tell at the end of a run."
     s = run.summary
-    accuracies = f"{accuracy_line(s)}  (epoch {s['epochs']}, {s['seconds']:.0f} s)"
+    scores = s | {"intervals": run_intervals(run)}
+    accuracies = f"{accuracy_line(scores)}  (epoch {s['epochs']}, {s['seconds']:.0f} s)"
     lines = [accuracies, images_line(s, run.env["data"]), f"{run.path}/report.html"]
     return "\n".join(filter(None, lines))
 
