@@ -196,10 +196,8 @@ def write_results(
 ):
     "Write the network, the predictions, the summary and the report of a run that is done."
     intervals = accuracy_intervals(run.predictions, run.parts.data.counts)
-    summary = {**run.scores, "intervals": intervals, **_outcome(run)}
-    summary |= _met_images(run.parts.data.train)
-    facts = describe_model(asdict(run.parts.recipe), run.parts.data)
-    save_model(run.tested, facts, out/WEIGHTS)
+    summary = {**run.scores, "intervals": intervals, **_outcome(run), **_met_images(run.parts.data.train)}
+    save_model(run.tested, describe_model(asdict(run.parts.recipe), run.parts.data), out/WEIGHTS)
     write_predictions(run.predictions, out/"predictions.npz")
     write_json(out/"summary.json", summary)
     write_report(Run(out))
