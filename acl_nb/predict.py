@@ -121,9 +121,14 @@ def _named(classes, logits, z, nearest, top, changed):
     by_center = [classes[c] if c >= 0 else None for c in nearest.tolist()]
     return Predictions(names, likely, probabilities, logits, z, by_center, list(changed))
 
-def _best_device():
-    there = torch.accelerator.is_available()
-    return torch.accelerator.current_accelerator() if there else "cpu"
+def _device(asked):
+    "The device of a name; without one an accelerator, where there is one."
+    here = torch.accelerator.is_available()
+    if asked is None: return torch.accelerator.current_accelerator() if here else torch.device("cpu")
+    try: return torch.zeros(1, device=asked).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).split("\n")[0].split(". ")[0]
+        raise BadInput(f"`device` must be one that is here, such as cpu; got {asked}: {reason}") from None
 
 # %% ../nbs/70_predict.ipynb #d736826a
 def _listed(images):
@@ -149,7 +154,7 @@ class Predictor:
     ):
         require(batch_size >= 1, "`batch_size` must be at least 1", batch_size)
         network = model if isinstance(model, Network) else load_model(model)
-        self.device = torch.device(device or _best_device())
+        self.device = _device(device)
         self.network = network.to(self.device).eval()
         self.facts, self.classes = network.facts, network.classes
         self.prepare = network.preprocess
