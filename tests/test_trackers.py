@@ -35,7 +35,8 @@ def train(folder, tracker, service="works", settings=SMALL):
     script = folder/"program.py"
     script.write_text("from acl_nb.cli import acl_train\nif __name__ == '__main__': acl_train()\n")
     paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
-    env = {**os.environ, "PYTHONPATH": paths, "NOTES": str(folder/"notes"), "SERVICE": service}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    env |= {"NOTES": str(folder/"notes"), "SERVICE": service}
     words = ["--out", "run", "--track", tracker, "--workers", "0", "--set", *settings]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([sys.executable, script, *words], cwd=folder, env=env, **pipes)
@@ -50,7 +51,7 @@ def notes(folder, what):
 def test_a_killed_run_goes_on_as_the_same_run_there_and_no_epoch_comes_twice(tmp_path, tracker):
     for seen in (5, 20):
         job = train(tmp_path, tracker)
-        while len(notes(tmp_path, "log")) < seen and job.poll() is None: time.sleep(0.01)
+        while len(notes(tmp_path, "log")) < seen and job.poll() is None: time.sleep(0.1)
         assert job.poll() is None, job.communicate()[0]
         job.send_signal(signal.SIGKILL)
         job.wait()
