@@ -29,7 +29,8 @@ def validation_part(
 ):                # a data set: items (image, label, position)
     "Images that a run neither trained nor tested on."
     tested = parts.data.split
-    require(tested == "test", "a run whose strengths are tuned must be tested on `split` test", tested)
+    rule = "a run whose strengths are tuned must be tested on `split` test"
+    require(tested == "test", rule, tested)
     other = build_data(replace(parts.recipe, split="val"))
     before, now = _sha256(parts.data.train), _sha256(other.train)
     rule = f"the validation part must leave the training images as they are, SHA-256 {before[:12]}…"
@@ -85,11 +86,12 @@ def _shifted(logits, labels, counts, held):
 def judge_afterwards(
     parts:Parts,     # of a finished run, with its weights loaded, of `open_run`
     strengths:list,  # of post-hoc logit adjustment, numbers
-) -> dict:           # adjusted: one dict per strength; tuned, normalised, normalised_tuned: a dict each; shifted
+) -> dict:           # adjusted (a dict per strength), tuned, normalised, normalised_tuned, shifted
     "Measure on the test set what can be made of a run without training."
     settings, counts = parts.bare.settings, parts.data.counts
     predicts = "centers" if settings["readout"] == "centers" else settings["classifier"]
-    require(predicts == "linear", "what is adjusted afterwards must be a linear classifier", predicts)
+    rule = "what is adjusted afterwards must be a linear classifier"
+    require(predicts == "linear", rule, predicts)
     classifier, recipe = parts.bare.classifier, parts.recipe
     features, logits, labels = _outputs(parts, parts.test)
     val_features, val_logits, val_labels = _outputs(parts, validation_part(parts))

@@ -76,7 +76,8 @@ def after_rows(
     for row in rows:
         judged = row.get("adjusted")
         if judged is None: continue                    # it diverged
-        ways = {f"adjusted by {way['tau']:g}": way for way in judged["adjusted"]}
+        named = lambda way: f"adjusted by {way['tau']:g}" if way["tau"] else "as trained"
+        ways = {named(way): way for way in judged["adjusted"]}
         ways["adjusted, tuned"] = judged["tuned"]
         ways |= {"unit weights": judged["normalised"], "weights tuned": judged["normalised_tuned"]}
         run = {name: row[name] for name in ("arm", "seed")}
