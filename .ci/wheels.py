@@ -10,7 +10,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-THERE = {"torch", "torchvision", "accelerate", "safetensors", "scikit-learn", "numpy", "pillow",
+THERE = {"torch", "torchvision", "accelerate", "safetensors", "scikit-learn", "numpy", "scipy", "pillow",
          "psutil", "filelock", "jinja2"}                             # what comes with torch and accelerate on such a machine
 
 def name_of(requirement):

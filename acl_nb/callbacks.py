@@ -8,6 +8,7 @@ __all__ = ['Progress', 'Ema', 'append_epoch', 'write_results', 'Saver', 'Scalars
 # %% ../nbs/57_callbacks.ipynb #bd668c00
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from .counts import shot_groups
 from .datasets.decoders import Note
 from .loop import Diverged, Training, checkpoint_of
 from .momentum import MomentumCopy
-from .networks import Network, save_network
+from .models import WEIGHTS, describe_model, save_model
+from .networks import Network
 from .processes import all_max, rank
 from .records import BALANCE, HISTORY, Run, append_row, cut_rows, read_rows
 from .records import write_json, write_predictions
@@ -185,7 +187,8 @@ def write_results(
 ):
     "Write the network, the predictions, the summary and the report of a run that is done."
     summary = {**run.scores, **_outcome(run), **_met_images(run.parts.data.train)}
-    save_network(run.tested, out/"model.safetensors")
+    facts = describe_model(asdict(run.parts.recipe), run.parts.data)
+    save_model(run.tested, facts, out/WEIGHTS)
     write_predictions(run.predictions, out/"predictions.npz")
     write_json(out/"summary.json", summary)
     write_report(Run(out))

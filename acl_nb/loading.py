@@ -18,7 +18,7 @@ from multiprocessing import get_start_method, parent_process
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from .checks import BadInput, require, usable_cpus
+from .checks import BadInput, OneLineError, require, usable_cpus
 from .datasets import ImageArray
 from .processes import all_max, gather_objects, rank, world_size
 from .views import ViewPipeline
@@ -152,7 +152,7 @@ def _of_a_worker(error):
     return f"a process that loads images failed: {what}; {_USUAL}"
 
 # %% ../nbs/45_loading.ipynb #a389b103
-class LoaderDied(RuntimeError):
+class LoaderDied(OneLineError, RuntimeError):
     "A process that loads images died, or gave no batch for ten minutes."
 
 def batches_of(

@@ -15,7 +15,7 @@ from torch import nn
 
 from .build import Parts, averaged, half_precision, put_at
 from .checkpoints import Checkpoint, random_state, set_random_state
-from .checks import require
+from .checks import OneLineError, require
 from .loading import batches_of, cut_where_decoded, load_batches, share_notes, share_of_test
 from .metrics import evaluate_predictions
 from .networks import Network, Output
@@ -24,7 +24,7 @@ from .records import fingerprint
 from .views import ViewPipeline
 
 # %% ../nbs/56_loop.ipynb #09ca4d09
-class Diverged(RuntimeError):
+class Diverged(OneLineError, RuntimeError):
     "What a run computes is infinite or not a number."
     def __init__(self,
         what:str,         # has gone astray

@@ -8,6 +8,7 @@ __all__ = ['CLASSIFIERS', 'CENTERS', 'READOUTS', 'Output', 'Network', 'save_netw
 # %% ../nbs/43_networks.ipynb #f7f02ffb
 import json
 import os
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,28 +141,48 @@ def set_sums(self:Network,
 
 # %% ../nbs/43_networks.ipynb #44b59726
 def save_network(
-    net:Network,  # its weights and settings are written
-    path,         # of the .safetensors file; replaced at once or not at all
+    net:Network,      # its weights and settings are written
+    path,             # of the .safetensors file; replaced at once or not at all
+    facts:dict=None,  # what else is known of it, ready for JSON
 ):
     "Write a network to one file."
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    written = save(tensors, {"acl_nb": json.dumps(net.settings)})
+    told = {"acl_nb": json.dumps(net.settings)}
+    if facts: told["facts"] = json.dumps(facts)
+    written = save(tensors, told)
     Path(f"{path}.part").write_bytes(written)    # `save_file` would let only the owner read it
     os.replace(f"{path}.part", path)
 
 # %% ../nbs/43_networks.ipynb #82f98e29
-def load_network(
-    path,       # of a file that `save_network` wrote
-) -> Network:   # on the CPU, in evaluation mode
-    "Rebuild a network from its file."
+def _read_file(path):
+    "The tensors and strings of a safetensors file."
     try:
         with safe_open(path, "pt") as f:
-            settings = (f.metadata() or {}).get("acl_nb")
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except Exception as e:
         raise BadInput(f"{path} must be a readable safetensors file: {e}") from None
-    if settings is None:
-        raise BadInput(f"{path} must hold an acl_nb network; its settings are missing")
-    net = Network(**json.loads(settings))
-    net.load_state_dict(tensors)
+
+def _strings(path, told):
+    "The network's settings and the facts, from the strings of its file."
+    rule = f"{path} must hold an acl_nb network"
+    if "acl_nb" not in told: raise BadInput(f"{rule}; its settings are missing")
+    try: settings, facts = json.loads(told["acl_nb"]), json.loads(told.get("facts", "{}"))
+    except ValueError as e: raise BadInput(f"{rule}, its strings JSON: {e}") from None
+    known = signature(Network).parameters
+    odd = [name for name in settings if name not in known]
+    if odd: raise BadInput(f"{rule} of this version or an earlier one; it has {', '.join(odd[:3])}")
+    return settings, facts
+
+def load_network(
+    path,       # of a file that `save_network` wrote
+) -> Network:   # on the CPU, in evaluation mode; what else the file tells of it is in its `facts`
+    "Rebuild a network from its file."
+    tensors, told = _read_file(path)
+    settings, facts = _strings(path, told)
+    net = Network(**settings)
+    try: net.load_state_dict(tensors)
+    except RuntimeError as e:
+        first = str(e).split("\n\t")[1:2]
+        raise BadInput(f"{path} must hold the weights of its network: {''.join(first)}") from None
+    net.facts = facts
     return net.eval()

@@ -126,7 +126,7 @@ def normalised_logits(
     cosine = isinstance(classifier, CosineClassifier)
     require(not cosine, "`normalise` needs a linear classifier: a cosine classifier has no lengths", "cosine")
     require(0 <= power <= 1, "the power of `normalise` must lie in 0..1", power)
-    weight = classifier.weight
+    weight = classifier.weight.detach().to(features)
     return features @ (weight / weight.norm(dim=1, keepdim=True) ** power).T
 
 # %% ../nbs/48_priors.ipynb #d2cd21f0

@@ -16,7 +16,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from .checks import BadInput
+from .checks import BadInput, OneLineError
 
 # %% ../nbs/02_processes.ipynb #b2758f98
 def _running(): return dist.is_available() and dist.is_initialized()
@@ -141,8 +141,9 @@ def all_or_none(
     raise error
 
 # %% ../nbs/02_processes.ipynb #411b56b8
-class Stopped(KeyboardInterrupt):
+class Stopped(OneLineError, KeyboardInterrupt):
     "A run was told to stop."
+    label = "stopped"
     def __init__(self,
         code:int,  # to exit with: 128 + the signal's number
     ):

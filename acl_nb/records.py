@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import warnings
 import zipfile
 import zlib
@@ -30,7 +29,7 @@ import torchvision
 from filelock import FileLock, Timeout
 
 import acl_nb
-from .checks import BadInput, require, user_path
+from .checks import BadInput, code_commit, require, user_path
 from .datasets.decoders import image_decoder
 from .kernels import matmul_route
 from .metrics import confusion, reliability
@@ -145,21 +144,6 @@ def cut_rows(
     if path.exists() and path.stat().st_size > size: os.truncate(path, size)
 
 # %% ../nbs/52_records.ipynb #9c581078
-def _git(*arguments):
-    "Run git in the folder of the package's code."
-    folder = Path(acl_nb.__file__).parent
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-
-def _commit():
-    "The commit of the code that runs, with + when it was changed since; None outside a checkout."
-    try:
-        tracked = _git("ls-files", "--error-unmatch", "__init__.py")
-        head = _git("rev-parse", "HEAD")
-    except OSError: return None                                # there is no git
-    if tracked.returncode or head.returncode: return None      # the checkout of something else
-    changed = _git("status", "--porcelain", "-uno", ".").stdout.strip()
-    return head.stdout.strip() + ("+" if changed else "")
-
 def _devices():
     "Names of the GPUs; without one, of the processor."
     gpus = range(torch.cuda.device_count())
@@ -172,10 +156,13 @@ def _devices():
 # %% ../nbs/52_records.ipynb #84c61697
 def environment() -> dict: # plain values, ready for JSON
     "Versions, hardware and commit, for a run's record."
-    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__}
-    machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    code = {"acl_nb": acl_nb.__version__, "commit": code_commit(),
+            "python": platform.python_version()}
+    libraries = {"torch": torch.__version__, "torchvision": torchvision.__version__,
+                 "numpy": numpy.__version__}
+    machine = {"platform": platform.platform(), "cpus": os.cpu_count(),
+               "threads": torch.get_num_threads()}
     chosen = {"matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
-    code = {"acl_nb": acl_nb.__version__, "commit": _commit(), "python": platform.python_version()}
     return {**code, **libraries, **machine, **chosen}
 
 # %% ../nbs/52_records.ipynb #83810b31

@@ -16,7 +16,7 @@ import torch
 from .build import build, find_setup, start_processes
 from .callbacks import Ema, Progress, Saver, Scalars
 from .checkpoints import latest, load_checkpoint
-from .checks import require, user_path
+from .checks import OneLineError, require, user_path
 from .loading import LoaderDied
 from .loop import Diverged, Training, go_on_from
 from .processes import Stopped, from_first, rank, require_same, world_size
@@ -83,7 +83,7 @@ def _explained(error, training, out):
 # %% ../nbs/59_trainer.ipynb #59a10008
 _SIGNS = ("by peer", "NCCL", "Timed out", "timed out")    # of a collective operation that failed
 
-class ProcessLost(RuntimeError):
+class ProcessLost(OneLineError, RuntimeError):
     "Another process of the run has ended, so this one can't go on."
 
 def _lost(error):

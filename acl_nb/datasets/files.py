@@ -39,7 +39,7 @@ def _file_bytes(path):
     try:
         return Path(path).read_bytes()
     except OSError as e:
-        raise BadInput(f"{path} must be a readable image: {e}") from None
+        raise BadInput(f"{path} must be a readable image: {e.strerror or e}") from None
 
 def read_image(
     path,                    # of a JPEG, PNG, GIF, WebP, BMP or TIFF file

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..afterwards import judge_afterwards
+from ..answers import open_run
 from ..checkpoints import latest
 from ..checks import BadInput
-from ..evaluation import open_run
 from ..loop import Diverged
 from ..probes import Probe
 from ..recipes import read_json
