@@ -23,7 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from .checks import BadInput, require, usable_cpus
-from .cli import command
+from .commands import command
 from .counts import class_counts
 from .datasets import DATASETS, ImageArray, LongTailed, facts_of
 from .datasets.files import read_image

@@ -28,7 +28,7 @@ from .predict import Adjustment, adjusted_logits
 from .priors import adjust, held_prior, plot_shift, shift_curve, tune_tau
 from .processes import world_size
 from .records import Run, write_bytes, write_json, write_predictions
-from .report import accuracy_line, percent, write_page
+from .report import accuracy_line, class_rows, percent, write_page
 
 # %% ../nbs/71_evaluation.ipynb #396e1be3
 def _part(parts, split):
@@ -143,8 +143,8 @@ def _lead(result, parts):
 
 def _write_page(result, run, parts, path, split):
     counts, names = parts.data.counts, parts.data.classes
-    each = zip(names, counts.tolist(), result["scores"]["per_class"])
-    per_class = {f"{name}, {n:,} training images": percent(accuracy) for name, n, accuracy in each}
+    accuracies, made = result["scores"]["per_class"], result["predictions"]
+    per_class = class_rows(names, counts.tolist(), accuracies, made)
     title = f"{run.recipe['name']} with {run.recipe['loss']}, {split}"
     folded = {"Feature space": result["space"], "Accuracy of every class": per_class}
     folded["Recipe"] = run.recipe

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'ModelFacts', 'describe_model', 'Preprocess', 'save_model', 'find_model', 'load_model']
 
-# %% ../nbs/49_models.ipynb #0440067f
+# %% ../nbs/49_models.ipynb #5ccf74dc
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -139,7 +140,9 @@ def _from_hub(name, revision):
     except ImportError:
         missing = "a model on the hub needs huggingface_hub: pip install 'acl_nb[hub]'"
         raise BadInput(missing) from None
-    try: return Path(hf_hub_download(name, WEIGHTS, revision=revision))
+    hub = os.environ.get("HF_ENDPOINT")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)      # it tells of each try
+    try: return Path(hf_hub_download(name, WEIGHTS, revision=revision, endpoint=hub))
     except Exception as e:        # of many kinds: no network, no such model, no access
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         neither = f"{name} is no file or folder here, and the hub could not give it: {reason}"

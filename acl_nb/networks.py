@@ -147,9 +147,8 @@ def save_network(
 ):
     "Write a network to one file."
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    told = {"acl_nb": json.dumps(net.settings)}
-    if facts: told["facts"] = json.dumps(facts)
-    written = save(tensors, told)
+    told = net.settings | ({"facts": facts} if facts else {})
+    written = save(tensors, {"acl_nb": json.dumps(told)})    # several texts would come in any order
     Path(f"{path}.part").write_bytes(written)    # `save_file` would let only the owner read it
     os.replace(f"{path}.part", path)
 
@@ -166,10 +165,12 @@ def _strings(path, told):
     "The network's settings and the facts, from the strings of its file."
     rule = f"{path} must hold an acl_nb network"
     if "acl_nb" not in told: raise BadInput(f"{rule}; its settings are missing")
-    try: settings, facts = json.loads(told["acl_nb"]), json.loads(told.get("facts", "{}"))
-    except ValueError as e: raise BadInput(f"{rule}, its strings JSON: {e}") from None
-    known = signature(Network).parameters
-    odd = [name for name in settings if name not in known]
+    try:
+        settings = dict(json.loads(told["acl_nb"]))
+        facts = dict(settings.pop("facts", {}))
+    except (ValueError, TypeError) as e:
+        raise BadInput(f"{rule}, its settings as JSON: {e}") from None
+    odd = [name for name in settings if name not in signature(Network).parameters]
     if odd: raise BadInput(f"{rule} of this version or an earlier one; it has {', '.join(odd[:3])}")
     return settings, facts
 

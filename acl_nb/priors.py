@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'TAUS', 'RATIOS', 'adjust', 'held_prior', 'to_prior', 'find_prior', 'normalised_logits', 'tune_tau',
-           'shifted_priors', 'expected_accuracy', 'shift_curve', 'plot_shift']
+           'shifted_priors', 'expected_accuracy', 'fixed_curve', 'shift_curve', 'plot_shift']
 
 # %% ../nbs/48_priors.ipynb #3dc57ab6
 import json
@@ -179,6 +179,14 @@ def _row(name, how, per_class, prior, counts):
         if len(ids): made[group] = expected_accuracy(per_class, prior, ids)
     return made
 
+def fixed_curve(
+    per_class:list,  # accuracy of each class; None without a test image
+    counts,          # [C] training images of each class
+) -> list:           # dicts: prior, how (as it is), all, many, medium, few
+    "Accuracy under shifted test priors, of answers that stay as they are."
+    priors = shifted_priors(counts)
+    return [_row(name, "as it is", per_class, prior, counts) for name, prior in priors.items()]
+
 def shift_curve(
     logits:torch.Tensor,  # [n, C] of the test images
     labels:torch.Tensor,  # [n] their classes
@@ -186,14 +194,12 @@ def shift_curve(
     held=None,            # [C] frequencies that the logits hold; None: they can't be moved
 ) -> list:                # dicts: prior, how (as it is | moved), all, many, medium, few
     "Accuracy under shifted test priors, of a network as it is and moved to each prior."
-    C, rows = len(counts), []
-    fixed = per_class_accuracy(logits.argmax(1), labels.long(), C)
+    accuracy = lambda values: per_class_accuracy(values.argmax(1), labels.long(), len(counts))
+    rows = fixed_curve(accuracy(logits), counts)
+    if held is None: return rows
     for name, prior in shifted_priors(counts).items():
-        rows.append(_row(name, "as it is", fixed, prior, counts))
-        if held is None: continue
-        predicted = to_prior(logits.double(), held, prior).argmax(1)
-        moved = per_class_accuracy(predicted, labels.long(), C)
-        rows.append(_row(name, "moved", moved, prior, counts))
+        moved = to_prior(logits.double(), held, prior)
+        rows.append(_row(name, "moved", accuracy(moved), prior, counts))
     return rows
 
 # %% ../nbs/48_priors.ipynb #ef9ec160

@@ -36,6 +36,7 @@ from .metrics import confusion, reliability
 from .networks import load_network
 from .plots import plot_balance, plot_balance_history, plot_confusion
 from .plots import plot_counts, plot_curves, plot_per_class, plot_reliability
+from .priors import fixed_curve, plot_shift
 from .recipes import read_json
 from .settings import Recipe
 
@@ -211,6 +212,8 @@ def _test_figures(summary, made, counts, names):
     figs = {}
     if summary:
         figs["per_class"] = plot_per_class(summary["per_class"], counts, names, "Accuracy of each class")
+        shifted = plot_shift(fixed_curve(summary["per_class"], counts), "Under other class frequencies")
+        figs["shift"] = shifted
     if made is None: return figs
     table = confusion(made["predicted"], made["labels"], len(counts))
     sure = reliability(made["confidence"], made["predicted"] == made["labels"])
@@ -318,7 +321,8 @@ def hold_folder(
 
 # %% ../nbs/52_records.ipynb #56320ee2
 _RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors",
-            "checkpoint", HISTORY, BALANCE, "tensorboard")    # deleted in this order
+            "checkpoint", HISTORY, BALANCE,
+            "tensorboard", "trackio.json", "wandb.json")      # deleted in this order
 
 # %% ../nbs/52_records.ipynb #cefd131a
 def begin_folder(

@@ -117,21 +117,21 @@ _RATIO = " (largest count / smallest count)"
 @dataclass(frozen=True)
 class DataSettings:
     "What a run learns from, and what it is tested on."
-    name: str = setting("custom")
-    dataset: str = setting("digits_lt", one_of(DATASETS))
+    name: str = setting("custom")                        # of the recipe
+    dataset: str = setting("digits_lt", one_of(DATASETS))  # a key of `DATASETS`
     data: str | None = setting(None)                     # folder of the data set's files
     classes: int | None = setting(None, at_least(1))     # that the data must have; None: any
     split: str | None = setting(None)                    # tested on: test | val; None: as usual
     size: int | None = setting(None, at_least(1))        # side of a view, pixels; None: the data's
-    on_error: str | None = setting(None, one_of(("raise", "skip")))  # None: raise
+    on_error: str | None = setting(None, one_of(("raise", "skip")))  # at a bad image; None: raise
     background: str | None = setting(None)               # below what is transparent; None: white
-    imbalance: float | str = setting(20.0, at_least(1, _RATIO))  # as_is: all images there are
-    kind: str = setting("exp", one_of(KINDS))            # exp | step | balanced
+    imbalance: float | str = setting(20.0, at_least(1, _RATIO))  # largest / smallest; as_is: uncut
+    kind: str = setting("exp", one_of(KINDS))            # of the tail: exp | step | balanced
     subset_seed: int = setting(0, seed_number)           # of the draw; the literature uses 0
     n_max: float | None = setting(None, at_least(1))     # of the largest class; None: the data's
     class_seed: int | None = setting(None, seed_number)  # of the order of classes; None: the data's
     policy: str = setting("plain", known_policies)       # of the views; the last serves the rest
-    views: int = setting(2, at_least(1))                 # V
+    views: int = setting(2, at_least(1))                 # V, of every image
 
 # %% ../nbs/50_settings.ipynb #fe5ae00e
 @dataclass(frozen=True)
@@ -144,21 +144,21 @@ class NetworkSettings:
     hidden: int = setting(128, at_least(1))                   # of the projection's hidden layer
     classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine
     scale: float = setting(30.0, above_zero)                  # of the cosine classifier
-    centers: str = setting("weights", one_of(CENTERS))        # weights | free | none
+    centers: str = setting("weights", one_of(CENTERS))        # class centres: weights | free | none
     readout: str = setting("classifier", one_of(READOUTS))    # what predicts: classifier | centers
 
 # %% ../nbs/50_settings.ipynb #50a00019
 @dataclass(frozen=True)
 class LossSettings:
     "What the training minimises."
-    loss: str = setting("acl", one_of(LOSSES))
+    loss: str = setting("acl", one_of(LOSSES))            # a key of `LOSSES`
     weight: float = setting(1.0, at_least(0))             # λ, of the contrastive term
-    temperature: float = setting(0.1, above_zero)         # τ
+    temperature: float = setting(0.1, above_zero)         # τ, divides the similarities
     aligned: bool = setting(True)                         # no positive in another's denominator
     negatives: str = setting("batch", one_of(NEGATIVES))  # batch | prior | adjusted | none
     tau: float = setting(1.0, at_least(0))                # strength of the logit adjustment
     alpha: float = setting(0.05, at_least(0))             # of a same-class key in PaCo and GPaCo
-    drw: float | None = setting(None, below_one)          # share of the run; None: never
+    drw: float | None = setting(None, below_one)          # re-weighs after this share; None: no
 
 # %% ../nbs/50_settings.ipynb #dc6b7c29
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -265,11 +265,11 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 @dataclass(frozen=True)
 class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's fields come first
     "All settings of a run; checked when made, never changed after."
-    epochs: int = setting(30, at_least(1))
+    epochs: int = setting(30, at_least(1))                 # passes over the training images
     batch_size: int = setting(64, at_least(2))             # images with V views, over all processes
     lr: float = setting(0.1, above_zero)                   # peak learning rate of SGD
-    momentum: float = setting(0.9, below_one)
-    weight_decay: float = setting(5e-4, at_least(0))
+    momentum: float = setting(0.9, below_one)              # of SGD
+    weight_decay: float = setting(5e-4, at_least(0))       # of SGD
     schedule: str = setting("cosine", one_of(SCHEDULES))   # cosine | steps | constant
     warmup: float = setting(0.05, below_one)               # share of the run with a rising rate
     seed: int = setting(0, seed_number)                    # of initial weights, batches and views
@@ -277,7 +277,7 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
 
     accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
     clip: float | None = setting(None, above_zero)         # largest norm of a gradient; None: any
-    ema: float | None = setting(None, below_one)           # of the weights; None: no average
+    ema: float | None = setting(None, below_one)           # decay of averaged weights; None: none
     queue: int = setting(0, at_least(0))                   # past keys kept for paco and gpaco
     key_momentum: float = setting(0.999, below_one)        # of paco's second encoder
     precision: str = setting("auto", one_of(_PRECISIONS))  # auto | fp32 | bf16 | fp16

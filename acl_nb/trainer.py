@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from .build import build, find_setup, start_processes
-from .callbacks import Ema, Progress, Saver, Scalars
+from .callbacks import TRACKERS, Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
-from .checks import OneLineError, require, user_path
+from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
 from .loop import Diverged, Training, go_on_from
 from .processes import Stopped, from_first, rank, require_same, world_size
@@ -122,6 +122,19 @@ def _run(training, saver, out):
         if lost is None: raise
         raise lost from None
 
+# %% ../nbs/59_trainer.ipynb #4e71b818
+def _wanted(track, tensorboard):
+    "Names of the trackers that are asked for."
+    if track is not None: choose(track, TRACKERS, "tracker")
+    return [name for name in TRACKERS if name == track or name == "tensorboard" and tensorboard]
+
+def _trackers(names, out, stack):
+    "Trackers by their names, for the first process; the stack will close them."
+    made = []
+    from_first(lambda: made.extend(TRACKERS[name](out) for name in names))
+    for tracker in made: stack.callback(tracker.close)
+    return made
+
 # %% ../nbs/59_trainer.ipynb #9ba2d64c
 def fit(
     recipe:Recipe,           # all settings
@@ -129,24 +142,26 @@ def fit(
     resume:str="auto",       # auto: go on with this recipe's run | never: start over | must: go on or refuse
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
-    tensorboard:bool=False,  # write scalars to out/tensorboard too
+    tensorboard:bool=False,  # the same as track="tensorboard", which writes to out/tensorboard
     workers:int=None,        # loading processes; None: none for images in memory, else one per CPU, up to 8
     callbacks=(),            # more objects with methods named like events, see `acl_nb.callbacks`
     hooks=(),                # the same, by the name they had once
+    track:str=None,          # show the run to trackio | wandb | tensorboard, see `TRACKERS`
 ) -> Run:                    # the finished run; None for a process that does not see its folder
     "Train a recipe into a run folder (`acl_nb.records`). Seeds the random numbers of Python, numpy and torch."
     require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
+    tracked = _wanted(track, tensorboard)
     out, accelerator = user_path(out), start_processes()
     require_same("the recipe of a run, by its fingerprint,", fingerprint(recipe))
     callbacks = [*callbacks, *hooks]
     with ExitStack() as stack:
         finished, found = from_first(lambda: _opened(recipe, out, _resume(resume), stack))
         if not finished:
-            if tensorboard: callbacks.append(Scalars(out/"tensorboard"))
+            trackers = _trackers(tracked, out, stack)
             parts = _start(recipe, out, found, accelerator, workers)
             if recipe.ema is not None: callbacks.insert(0, Ema(parts.bare, recipe.ema))
             saver = Saver(out, save_every)
-            training = Training(parts, [*callbacks, saver, Progress(quiet)])
+            training = Training(parts, [*callbacks, saver, *trackers, Progress(quiet)])
             if found is not None:
                 go_on_from(training, found)
                 saver.take_back(training)

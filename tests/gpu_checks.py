@@ -329,7 +329,7 @@ def right(bench):
 STOPPED = """
 import json, sys
 from pathlib import Path
-from acl_nb.cli import command
+from acl_nb.commands import command
 from acl_nb.recipes import recipe
 from acl_nb.trainer import fit
 class Third:

@@ -125,7 +125,7 @@ def test_report_of_many_classes_stays_light(tmp_path, probed):
         append_row(folder/"history.jsonl", {**probed[0].history[0], "epoch": e})
         append_row(folder/"balance.jsonl.gz", {"epoch": e, "balance": balance})
     page = write_report(Run(folder))
-    assert page.stat().st_size - few < 1_000_000 and page.read_text().count("<h2>") == 7
+    assert page.stat().st_size - few < 1_000_000 and page.read_text().count("<h2>") == 8
 
 def test_the_doctor_sees_every_part_of_a_machine(tmp_path):
     r = started("acl_doctor", cwd=tmp_path)

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from acl_nb import doctor
 from acl_nb.checks import BadInput, usable_cpus
-from acl_nb.cli import acl_data, acl_train, argument_parser, command
+from acl_nb.cli import acl_data, acl_train
+from acl_nb.commands import argument_parser, command
 from acl_nb.doctor import acl_doctor
 from acl_nb.evaluation import acl_eval
 from acl_nb.losses import LOSSES, make_loss

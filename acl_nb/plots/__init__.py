@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['plot_counts', 'plot_images', 'show_views', 'show_samples', 'ATTRACTION', 'REPULSION', 'WRONG_WAY', 'NEUTRAL',
            'COLOURS', 'GROUP_COLOURS', 'GROUP_SHADES', 'LOG_TICKS', 'Force', 'FORCES', 'show', 'styled', 'plot_balance',
-           'plot_balance_history', 'plot_confusion', 'plot_curves', 'plot_per_class', 'plot_reliability']
+           'plot_balance_history', 'plot_confusion', 'plot_curves', 'plot_per_class', 'plot_reliability',
+           'plot_balance_runs', 'plot_differences']
 
 # %% ../../nbs/07_plots.ipynb #fb1b9ceb
 import html
@@ -21,13 +22,15 @@ from ..checks import require
 from .look import ATTRACTION, COLOURS, FORCES, GROUP_COLOURS, GROUP_SHADES, LOG_TICKS
 from .look import NEUTRAL, REPULSION, WRONG_WAY, Force, show, styled
 from .look import _head_to_tail, _names, _shade_groups, _step
-from .runs import plot_balance, plot_balance_history, plot_confusion
-from .runs import plot_curves, plot_per_class, plot_reliability
+from .runs import plot_balance, plot_balance_history, plot_balance_runs
+from .runs import plot_confusion, plot_curves, plot_differences
+from .runs import plot_per_class, plot_reliability
 
 # %% ../../nbs/07_plots.ipynb #21eaab84
 _all_ = ["ATTRACTION", "REPULSION", "WRONG_WAY", "NEUTRAL", "COLOURS", "GROUP_COLOURS", "GROUP_SHADES", "LOG_TICKS"]
 _all_ += ["Force", "FORCES", "show", "styled"]
 _all_ += ["plot_balance", "plot_balance_history", "plot_confusion", "plot_curves", "plot_per_class", "plot_reliability"]
+_all_ += ["plot_balance_runs", "plot_differences"]
 
 # %% ../../nbs/07_plots.ipynb #292bb821
 def plot_counts(

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..checks import BadInput, require, usable_cpus
-from ..cli import command
+from ..commands import command
 from ..report import percent
 from .results import load_results, run_identity, save_results, settings_of
 from .specs import STUDIES, cell_identity, find_study, probe_of, read_study, recorded, study_cells
