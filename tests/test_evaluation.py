@@ -8,13 +8,20 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
+from acl_nb.answers import open_run, outputs_of, validation_part
 from acl_nb.checkpoints import load_checkpoint
+from acl_nb.datasets import digits_lt
+from acl_nb.evaluation import acl_eval
 from acl_nb.gradients import class_balance, conflict_rate
+from acl_nb.metrics import evaluate
+from acl_nb.priors import adjust, tune_tau
 from acl_nb.probes import Probe, closed_form
 from acl_nb.recipes import recipe
 from acl_nb.records import Run, append_row
 from acl_nb.report import write_report
+from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
 from ranks import finish, start
 
@@ -141,3 +148,29 @@ def test_what_a_recipe_needs_and_lacks_is_exit_1(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit: runpy.run_path(script("acl_doctor", tmp_path), run_name="__main__")
     data, step = capsys.readouterr().out.splitlines()
     assert exit.value.code == 1 and data.startswith("data      fails    CIFAR100 not found") and step.endswith("epochs in about 61 minutes")
+
+def pictures(root, part, images, labels):
+    "Class folders of PNG files."
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        at = root/part/str(label)
+        at.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(at/f"{i}.png")
+
+def test_a_strength_is_chosen_on_the_validation_part_alone(tmp_path, capsys):
+    data = digits_lt(imbalance=20)
+    halves = {"test": slice(0, None, 2), "val": slice(1, None, 2)}
+    pictures(tmp_path/"photos", "train", data.train.images, data.train.labels)
+    for part, half in halves.items(): pictures(tmp_path/"photos", part, data.test.images[half], data.test.labels[half])
+    r = Recipe(name="photos", dataset="folder_lt", data=str(tmp_path/"photos"), imbalance="as_is", size=16, policy="eval",
+               encoder="resnet8_tiny", epochs=8, loss="ce", centers="none", precision="fp32")
+    run = fit(r, tmp_path/"run", quiet=True, workers=0)
+    _, parts = open_run(run.path)
+    on = {name: outputs_of(parts, part) for name, part in (("test", parts.test), ("val", validation_part(parts)))}
+    tau, of_test = (tune_tau(on[name].logits, on[name].labels, parts.data.counts)[0] for name in ("val", "test"))
+    capsys.readouterr()
+    acl_eval(str(run.path), tune="tau", out=[str(tmp_path/"e.json")])
+    told, numbers = capsys.readouterr().out, json.loads((tmp_path/"e.json").read_text())
+    assert f"τ = {tau:g}, chosen on 250 validation images" in told and numbers["adjustment"] in told
+    expected = evaluate(adjust(on["test"].logits, parts.data.counts, tau), on["test"].labels, parts.data.counts)
+    assert {k: numbers["scores"][k] for k in expected} == expected and numbers["before"]["top1"] == run.summary["top1"]
+    assert tau != of_test       # with these images the test set would have chosen another
