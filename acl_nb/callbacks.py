@@ -284,12 +284,12 @@ class Scalars:
 
     def close(self):
         if self.writer: self.writer.close()
-        self.writer = None
 
 # %% ../nbs/57_callbacks.ipynb #5a336ebf
 def _begin_there(library, name, out, recipe, id):
     "Begin a run of a tracker, or go on with it."
-    os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "10")      # seconds that it waits for a key on a terminal
+    for what, seconds in (("LOGIN", "10"), ("INIT", "30")):  # to wait for a key on a terminal, for a server
+        os.environ.setdefault(f"WANDB_{what}_TIMEOUT", seconds)
     config = {field: value for field, value in asdict(recipe).items() if field != "data"}
     project = os.environ.get(f"{name.upper()}_PROJECT", "acl_nb")
     more = {"id": id} if name == "wandb" else {}            # trackio knows a run by its name
@@ -311,16 +311,16 @@ def _send_all(library, name, out, recipe, rows):
     there.finish()
 
 def _summary(out):
-    results = _numbers(Run(out).summary)
-    return {f"summary/{name}": value for name, value in results.items()}
+    return {f"summary/{name}": value for name, value in _numbers(Run(out).summary).items()}
 
 # %% ../nbs/57_callbacks.ipynb #cbe64f6b
-def _send_or_warn(library, name, *args):
-    "Send all; whatever goes wrong is one warning."
+def _send_or_warn(left, library, name, *args):
+    "Send all; whatever goes wrong is one warning, and none once the thread is left alone."
     try: _send_all(library, name, *args)
     except (Exception, SystemExit) as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        warnings.warn(f"{name} failed, and the run goes on without it ({reason})")
+        reason = " ".join(f"{type(e).__name__}: {e}".split()).removesuffix(":")
+        failed = f"{name} failed, and the run goes on without it ({reason})"
+        if not left.is_set(): warnings.warn(failed)
 
 # %% ../nbs/57_callbacks.ipynb #3659b802
 class Tracker:
@@ -331,12 +331,13 @@ class Tracker:
         patience:float=15.,  # seconds to wait for it in the end
     ):
         self.name, self.out, self.patience = name, Path(out), patience
-        self.library, self.rows, self.thread = _imported(name, name), queue.Queue(), None
+        self.library, self.rows = _imported(name, name), queue.Queue()
+        self.thread, self.left = None, threading.Event()
 
     def begin(self, run): # the `Training`; what is missing of its past is sent first
         if rank() > 0: return
         for row in run.history: self.rows.put((row["epoch"], _numbers(row)))
-        args = [self.library, self.name, self.out, run.parts.recipe, self.rows]
+        args = [self.left, self.library, self.name, self.out, run.parts.recipe, self.rows]
         self.thread = threading.Thread(target=_send_or_warn, args=args, daemon=True)
         self.thread.start()
 
@@ -351,8 +352,8 @@ class Tracker:
         if not self.thread: return
         self.rows.put(None)
         self.thread.join(self.patience)
-        late = f"{self.name} did not end within {self.patience:g} seconds, and is left alone"
-        if self.thread.is_alive(): warnings.warn(late)
+        self.left.set()
+        if self.thread.is_alive(): warnings.warn(f"{self.name} did not end in time: left alone")
         self.thread = None
 
 # %% ../nbs/57_callbacks.ipynb #7eddd5cb
