@@ -81,10 +81,10 @@ def _slices(of, rows):
     return [slice(first, min(first + rows, of.stop)) for first in range(of.start, of.stop, rows)]
 
 def _buffers(z, first, keys, method):
-    "[1 or 2, m, width] the matrices of a tile as large as the first."
-    K = len(keys)
+    "[1 or 2, m, width] the matrices of a tile as large as the first (a share may have none)."
+    K, m = len(keys), sum(here.stop - here.start for here in first)
     matrices, width = (1, row_width(K)) if method == "rows" else (2, K)
-    return z.new_empty(matrices, first.stop - first.start, width)
+    return z.new_empty(matrices, m, width)
 
 def _similarities(s, anchors, keys, route):
     "Write them into a tile, in the row's first places."
@@ -102,7 +102,7 @@ def _sweep(z, others, labels, other_labels, key, row, own, temperature, aligned,
     keys, scaled = torch.cat([z, others]), z / temperature
     tile = _tiler(labels, other_labels, key, row, own, aligned, how, z.dtype)
     tiles = _slices(how.share.rows(len(z)), how.rows)
-    room = _buffers(z, tiles[0], keys, how.method)
+    room = _buffers(z, tiles[:1], keys, how.method)
     loss = z.new_zeros(())
     dz = torch.zeros_like(z)
     dk = torch.zeros_like(keys if how.wanted[1] else z)
