@@ -1,4 +1,4 @@
-"The row kernel in Triton's interpreter, against float64: random and poor batches, several tiles and blocks, shares. No GPU."
+"The row kernel in Triton's interpreter, without a GPU, against float64."
 import os
 import subprocess
 import sys
@@ -23,14 +23,16 @@ from acl_nb.testing import degenerate_batches, finite, loss_and_grads, random_ba
 FAMILIES = {"scl": (scl_loss, scl_loss_plain, {}), "bcl": (bcl_loss, bcl_loss_plain, {})}
 for negatives, aligned in product(NEGATIVES, (True, False)):
     settings = dict(negatives=negatives, aligned=aligned)
-    FAMILIES[f"acl {negatives}{'' if aligned else ', not aligned'}"] = acl_loss, acl_loss_plain, settings
+    name = f"acl {negatives}" + ("" if aligned else ", not aligned")
+    FAMILIES[name] = acl_loss, acl_loss_plain, settings
 
 def interpreted(f, *args):
     "Run a function of this file in a process of its own, in which Triton interprets."
     pytest.importorskip("triton")
     code = f"import test_kernels; test_kernels.{f.__name__}(*{args!r})"
-    here, env = Path(__file__).parent, {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    r = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, timeout=600)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    how = dict(cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=1200)
+    r = subprocess.run([sys.executable, "-c", code], **how)
     assert r.returncode == 0, r.stderr[-3000:]
     print(r.stdout)
 
@@ -44,13 +46,13 @@ def in_tiles(N, K, of):
     "A budget of bytes with which N anchors make about `of` tiles."
     return mock.patch.object(kernels, "_BUDGET", 4 * (K + 16) * -(-N // of))
 
-def error(found, wanted):
-    "The largest of the tensors' errors, each relative to the norm of what is wanted."
+def error(found, wanted, least=1e-9):
+    "The largest of the tensors' errors, each relative to the norm of what is wanted, or to `least`."
     pairs = zip(found, wanted, strict=True)
-    return max(((a - b).norm() / b.norm().clamp_min(1e-9)).item() for a, b in pairs)
+    return max(((a - b).norm() / b.norm().clamp_min(least)).item() for a, b in pairs)
 
-def compared(loss, plain, batch, tiles=1, **settings):
-    "Error of value and gradients by the row kernel, in float32, against the plain formula in float64."
+def compared(loss, plain, batch, tiles=1, least=1e-9, **settings):
+    "Error by the row kernel in float32 against the plain formula in float64; and the value."
     z, labels, centers = batch
     leaves = (z,) if centers is None else (z, centers)
     of = lambda f: lambda z, c=None: f(z, labels, centers=c, **settings)
@@ -58,7 +60,9 @@ def compared(loss, plain, batch, tiles=1, **settings):
     N = len(labels) * z.shape[1]
     first, second, third = by_rows()
     with first, second, third, in_tiles(N, N + len(centers if centers is not None else []), tiles):
-        return error(loss_and_grads(of(loss), *leaves), wanted), wanted[0].item()
+        found = loss_and_grads(of(loss), *leaves)
+    assert all(t.isfinite().all() for t in found)
+    return error(found, wanted, least), wanted[0].item()
 
 def random_batches(*families):
     for family in families: random_batches_of(family)
@@ -67,33 +71,40 @@ def random_batches_of(family):
     loss, plain, settings = FAMILIES[family]
     g, worst = torch.Generator().manual_seed(0), 0
     for seed in range(20):
-        B, V, D, C = (int(torch.randint(low, high, (), generator=g)) for low, high in ((2, 13), (1, 4), (2, 33), (2, 9)))
+        ranges = (2, 13), (1, 4), (2, 33), (2, 9)
+        B, V, D, C = (int(torch.randint(low, high, (), generator=g)) for low, high in ranges)
         z, labels, centers = random_batch(B, V, D, C, seed, torch.float32)
         more = dict(class_counts=torch.arange(C, 0, -1) * 9) if "negatives" in settings else {}
         given = centers if seed % 2 or family == "bcl" else None
-        settings_of_batch = dict(temperature=(0.1, 0.07, 0.05)[seed % 3], **settings, **more)
-        off, value = compared(loss, plain, (z, labels, given), tiles=1 + seed % 4, **settings_of_batch)
+        more |= dict(temperature=(0.1, 0.07, 0.05)[seed % 3], tiles=1 + seed % 4)
+        off, value = compared(loss, plain, (z, labels, given), **settings, **more)
         assert off <= 1e-6 or value < 1e-9, (family, seed, off, value)
         worst = max(worst, off)
     print(f"{family}: {worst:.1e}")
 
 @pytest.mark.parametrize("family", ["scl", "bcl", "acl"])
-def test_random_batches(family): interpreted(random_batches, *[name for name in FAMILIES if name.startswith(family)])
+def test_random_batches(family):
+    interpreted(random_batches, *[name for name in FAMILIES if name.startswith(family)])
 
 def poor_batches():
+    worst = 0
     for (loss, plain, settings), V in product(FAMILIES.values(), (1, 2)):
         for name, (z, labels, centers) in degenerate_batches(V, dtype=torch.float32).items():
             for given in (centers, None):
                 if loss is bcl_loss and given is None: continue
-                more = dict(class_counts=torch.tensor([40, 9, 3, 1])) if "negatives" in settings else {}
-                off, value = compared(loss, plain, (z, labels, given), tiles=2, **settings, **more)
-                assert off <= 5e-6, (plain.__name__, settings, V, name, off, value)    # equal embeddings: 1.2e-6
+                counts = torch.tensor([40, 9, 3, 1])
+                more = dict(class_counts=counts) if "negatives" in settings else {}
+                off, value = compared(loss, plain, (z, labels, given), 2, 1., **settings, **more)
+                case = plain.__name__, settings, V, name, off, value
+                worst = max(worst, off)
+                assert off <= 5e-6, case         # equal embeddings: gradients that should be 0
+    print(f"poor: {worst:.1e}")
 
 def test_poor_batches_are_finite_and_as_the_plain_form(): interpreted(poor_batches)
 
 def blocks_and_shares():
     (z, labels, _), C = random_batch(6, 2, 8, 30, 3, torch.float32), 30
-    others, other_labels, _ = random_batch(4500, 1, 8, C, 4, torch.float32)            # more than a block of 4,096
+    others, other_labels, _ = random_batch(4500, 1, 8, C, 4, torch.float32)   # a block has 4,096
     keys = others[:, 0], other_labels
     g = torch.Generator().manual_seed(5)
     K = 12 + 4500
@@ -107,7 +118,7 @@ def blocks_and_shares():
         mean = lambda z, k: sum(loss(z, k, share=Share(number, 3)) for number in range(3)) / 3
         with in_tiles(12, K, 5):
             off = error(loss_and_grads(mean, z, keys[0]), wanted)
-            assert off <= 2e-6, (aligned, off)             # three float32 means of 4,512 keys: 1.02e-6
+            assert off <= 2e-6, (aligned, off)         # three means over 4,512 keys: 1.02e-6
 
 def test_several_blocks_and_shares(): interpreted(blocks_and_shares)
 
