@@ -18,8 +18,9 @@ from .checkpoints import Checkpoint, random_state, set_random_state
 from .checks import OneLineError, require
 from .loading import batches_of, cut_where_decoded, load_batches, share_notes, share_of_test
 from .metrics import evaluate_predictions
-from .networks import Network, Output
-from .processes import Interrupts, all_gather, all_sum, copy_from_first, gather_objects, rank
+from .networks import Network
+from .processes import Interrupts, all_gather, all_sum, copy_from_first, gather_objects
+from .processes import mean_of_ranks, own_share, rank, world_size
 from .records import fingerprint
 from .views import ViewPipeline
 
@@ -44,6 +45,12 @@ def _require_sound(out, loss=None):
         raise Diverged(f"the loss is {loss.item()}", made=False)
 
 # %% ../nbs/56_loop.ipynb #528d2239
+def _of_all_ranks(loss, terms):
+    "Means over the processes, whose gradients are this process's part."
+    if world_size() == 1: return loss, terms
+    loss, *values = mean_of_ranks(torch.stack([loss, *terms.values()])).unbind()
+    return loss, dict(zip(terms, values))
+
 def batch_loss(
     parts:Parts,  # of the run
     batch,        # images uint8 [b, C, H, W], labels [b], positions [b]: this process's part
@@ -54,11 +61,12 @@ def batch_loss(
     views = parts.views(images.to(parts.device), ids, epoch)
     with parts.half(): out = parts.network(parts.keys.asking(views))
     labels = all_gather(labels.to(parts.device))
-    whole = Output(all_gather(out.z, alike=True), all_gather(out.logits, alike=True), out.centers)
-    _require_sound(whole)
-    with parts.half(): keys = parts.keys(views, whole.z, labels)
-    loss, terms = parts.objective_at(epoch)(whole, labels, *keys)
-    _require_sound(whole, loss)
+    out = out._replace(z=all_gather(out.z))             # of all processes; the logits of this one alone
+    _require_sound(out)
+    with parts.half(): keys = parts.keys(views, out.z, labels)
+    loss, terms = parts.objective_at(epoch)(out, labels, *keys, share=own_share())
+    loss, terms = _of_all_ranks(loss, terms)
+    _require_sound(out, loss)
     return loss, terms
 
 # %% ../nbs/56_loop.ipynb #67d0c1d7

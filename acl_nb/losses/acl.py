@@ -13,6 +13,7 @@ from torch import nn
 from ..kernels import Weights, tiled_loss
 from ..pairs import check_negatives, check_pairs, column_and_row
 from ..pairs import contrast, masked_logsumexp, negative_weights
+from ..processes import Share
 
 # %% ../../nbs/33_losses.acl.ipynb #f9e94c4c
 def _terms(c, log_w, aligned):
@@ -52,13 +53,14 @@ def acl_loss(
     aligned:bool=True,          # a term's denominator holds its own positive and the negatives only
     negatives:str="batch",      # weight of the negatives: batch | prior | adjusted | none
     class_counts=None,          # [C] training images of each class, for "prior" and "adjusted"
+    share:Share=Share(),        # of the anchors, as in `tiled_loss`; the whole in one process
 ) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
     "Aligned contrastive loss (Ma et al., arXiv 2506.01071)."
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels
     check_negatives(negatives, class_counts, int(key_labels.max()) + 1)
     of_keys, of_rows = column_and_row(batch.labels, key_labels, negatives, class_counts, batch.z.dtype)
-    return tiled_loss(*batch, temperature, aligned, Weights(of_keys, of_rows))
+    return tiled_loss(*batch, temperature, aligned, Weights(of_keys, of_rows), share=share)
 
 # %% ../../nbs/33_losses.acl.ipynb #a4a6f4ae
 class ACLLoss(nn.Module):
@@ -75,6 +77,6 @@ class ACLLoss(nn.Module):
         counts = None if class_counts is None else torch.as_tensor(class_counts)
         self.register_buffer("class_counts", counts)
 
-    def forward(self, z, labels, centers=None): # [B, V, D], [B], [C, D] -> scalar
+    def forward(self, z, labels, centers=None, share=Share()): # [B, V, D], [B], [C, D] -> scalar
         settings = self.temperature, self.aligned, self.negatives, self.class_counts
-        return acl_loss(z, labels, centers, *settings)
+        return acl_loss(z, labels, centers, *settings, share)
