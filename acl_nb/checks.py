@@ -21,7 +21,7 @@ class BadInput(ValueError):
 def require(
     ok:bool,    # does the rule hold?
     rule:str,   # the rule, naming the argument: "`views` must be at least 1"
-    got=None,   # what was there instead, or a function that tells it; left out of the message when None
+    got=None,   # what was there instead, or a function that tells it; None: not said
 ):
     "Raise `BadInput` unless `ok`: the rule, then what was got."
     if ok: return
@@ -47,12 +47,13 @@ def check_is_due(
     check:str,              # its name, one for each rule
     *tensors:torch.Tensor,  # whose values it reads
 ) -> bool:
-    "Are values to be checked now? On a CPU always, on an accelerator once for each shape, while compiling never."
+    "Are values to be checked now? On a CPU always, elsewhere once per shape, never in a graph."
     if torch.compiler.is_compiling(): return False
     if all(t.is_cpu for t in tensors): return True
     when = os.environ.get("ACL_NB_CHECKS", "first")
     known = when in ("first", "always", "never")
-    require(known, "the environment variable ACL_NB_CHECKS must be first, always or never", repr(when))
+    rule = "the environment variable ACL_NB_CHECKS must be first, always or never"
+    require(known, rule, repr(when))
     if when != "first": return when == "always"
     key = check, *(tuple(t.shape) for t in tensors)
     if key in _CHECKED: return False

@@ -271,11 +271,41 @@ def _filled(weights, z, K):
     sizes = (K, len(z), len(z))
     return [z.new_zeros(n) if w is None else w.detach().to(z) for w, n in zip(weights, sizes)]
 
-@torch.compiler.disable
-def _on_cpu(*args, aligned, method, wanted):
-    route = matmul_route() if args[0].dtype == torch.float32 else "mm"
+def _how_on_cpu(dtype, method, wanted):
+    route = matmul_route() if dtype == torch.float32 else "mm"
     rows = 256 if route == "mm" else 128
-    return _TiledLoss.apply(*args, aligned, _How(method, rows, route, wanted))
+    return _How(method, rows, route, wanted)
+
+# %% ../nbs/04_kernels.ipynb #84807c57
+_T = torch.Tensor
+
+@torch.library.custom_op("acl_nb::sweep", mutates_args=())
+def _sweep_as_one(
+    z:_T, others:_T, labels:_T, other_labels:_T, key:_T, row:_T, own:_T, temperature:float,
+    aligned:bool, method:str, wants_z:bool, wants_others:bool,
+) -> tuple[_T, _T, _T]:
+    how = _how_on_cpu(z.dtype, method, (wants_z, wants_others))
+    return _sweep(z, others, labels, other_labels, key, row, own, temperature, aligned, how)
+
+@_sweep_as_one.register_fake
+def _shapes(z, others, *rest):
+    wants_others = rest[-1]
+    return z.new_empty(()), torch.empty_like(z), torch.empty_like(others if wants_others else others[:0])
+
+def _keep(ctx, inputs, output):
+    ctx.wanted = inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+
+def _scale(ctx, grad, *unused):
+    grads = [grad * d if w else None for d, w in zip(ctx.saved_tensors, ctx.wanted)]
+    return *grads, *[None] * 10
+
+_sweep_as_one.register_autograd(_scale, setup_context=_keep)
+
+def _on_cpu(*args, aligned, method, wanted):
+    if torch.compiler.is_compiling():
+        return _sweep_as_one(*args, aligned, method, *wanted)[0]
+    return _TiledLoss.apply(*args, aligned, _how_on_cpu(args[0].dtype, method, wanted))
 
 # %% ../nbs/04_kernels.ipynb #4ea4bd7f
 def _check(z, labels, temperature, method):

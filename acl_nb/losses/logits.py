@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import require
+from ..checks import check_is_due, require
 from ..counts import log_prior
 
 # %% ../../nbs/36_losses.logits.ipynb #9d3ad880
@@ -19,9 +19,10 @@ def _check_labels(labels, n_images, n_classes):
     require(labels.shape == (n_images,), f"`labels` must be [B] = [{n_images}]", list(labels.shape))
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, "`labels` must be whole numbers", labels.dtype)
-    low, high = int(labels.min()), int(labels.max())
-    rule = f"`labels` must lie in 0..{n_classes - 1}"
-    require(0 <= low and high < n_classes, rule, low if low < 0 else high)
+    if check_is_due(f"labels of logits of {n_classes} classes", labels):
+        low, high = int(labels.min()), int(labels.max())
+        rule = f"`labels` must lie in 0..{n_classes - 1}"
+        require(0 <= low and high < n_classes, rule, low if low < 0 else high)
 
 def _flat(logits, labels):
     "[N, C] logits (float32 at least) and [N] labels of [B, C] or [B, V, C] logits and [B] labels."
@@ -78,8 +79,9 @@ def _weighted(flat, labels, weights):
         return F.cross_entropy(flat, labels)
     weights = torch.as_tensor(weights).to(flat)
     _check_classes("weights", weights, flat)
-    usable = bool((weights > 0).all() and weights.isfinite().all())
-    require(usable, "`weights` must be positive and finite", weights.tolist())
+    if check_is_due("weights of the classes", weights):
+        usable = bool((weights > 0).all() and weights.isfinite().all())
+        require(usable, "`weights` must be positive and finite", weights.tolist)
     return F.cross_entropy(flat, labels, weights)
 
 # %% ../../nbs/36_losses.logits.ipynb #6df8f469
