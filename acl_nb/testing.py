@@ -133,7 +133,7 @@ class _Memory:
     def __init__(self):
         self.known = {}
 
-    def add(self, tensors):
+    def add(self, tensors): # a list, of whatever shapes
         for t in tensors:
             storage = t.untyped_storage()
             self.known[storage._cdata] = StorageWeakRef(storage)
@@ -173,7 +173,7 @@ def _note_kernel(gpu, name, args, inputs):
 # %% ../nbs/05_testing.ipynb #70b72c2e
 class _Kernels(TorchDispatchMode):
     "What runs."
-    def __init__(self, gpu):
+    def __init__(self, gpu): # the `PretendGPU` that counts
         super().__init__()
         self.gpu = gpu
 
@@ -219,6 +219,7 @@ def _where_to(gpu, t, args, kwargs):
         if isinstance(a, torch.dtype): rest.append(a)
     return (_GPU if target.type == "cuda" else _HOST), rest
 
+# %% ../nbs/05_testing.ipynb #1bc71324
 def _moved(gpu, name, t, *args, non_blocking=False, **kwargs):
     "`t.to(…)`, `t.cpu()` and `t.cuda()`. A copy to the device does not wait if it comes from pinned memory."
     args = {"cpu": (_HOST,), "cuda": (_GPU,)}.get(name, args)
@@ -249,9 +250,10 @@ def _called(gpu, name, func, args, kwargs):
     if there: gpu.memory.add(_tensors(made))
     return made
 
+# %% ../nbs/05_testing.ipynb #07941d8e
 class _Calls(TorchFunctionMode):
     "What Python calls."
-    def __init__(self, gpu):
+    def __init__(self, gpu): # the `PretendGPU` that counts
         super().__init__()
         self.gpu = gpu
 
