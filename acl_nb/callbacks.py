@@ -18,10 +18,10 @@ from .checkpoints import save_checkpoint
 from .checks import BadInput
 from .counts import shot_groups
 from .datasets.decoders import Note
-from .loop import Diverged, Training, checkpoint_of
+from .loop import READ_EVERY, Diverged, Training, checkpoint_of, read_steps
 from .momentum import MomentumCopy
 from .networks import Network, save_network
-from .processes import all_max, rank
+from .processes import all_max, rank, world_size
 from .records import BALANCE, HISTORY, Run, append_row, cut_rows, read_rows
 from .records import write_json, write_predictions
 from .report import percent, write_report
@@ -190,6 +190,21 @@ def write_results(
     write_json(out/"summary.json", summary)
     write_report(Run(out))
 
+# %% ../nbs/57_callbacks.ipynb #67d2c53e
+class _Votes:
+    "When processes vote: after each step, but on several GPUs about every half second, 20 steps apart at most."
+    def __init__(self):
+        self.next = 0                   # the step after which they vote
+        self.last = None                # step and time of the last vote
+
+    def agree(self, run):
+        "On the next vote; all processes together, after a vote."
+        if run.parts.device.type == "cpu" or world_size() == 1: return
+        now = run.step, time.monotonic()
+        steps, seconds = (1, 1.) if self.last is None else (b - a for a, b in zip(self.last, now))
+        slowest = all_max(int(1e6 * seconds / max(1, steps)))            # microseconds per step
+        self.last, self.next = now, run.step + min(READ_EVERY, max(1, 500_000 // max(1, slowest)))
+
 # %% ../nbs/57_callbacks.ipynb #4ad5753b
 class Saver:
     "Keep a run's folder: checkpoints and history on the way; network, summary and report at the end."
@@ -200,6 +215,7 @@ class Saver:
         self.out, self.every = Path(out), every
         self.saved = time.monotonic()       # when it saved last
         self.place = None                   # epoch and batch of that checkpoint
+        self.votes = _Votes()               # when processes vote
 
     def take_back(self, run): # the `Training`, which goes on from a checkpoint
         "Cut off what was written after the checkpoint, and read the history."
@@ -208,12 +224,15 @@ class Saver:
         run.history = read_rows(self.out/HISTORY)
 
     def after_step(self, run): # the `Training`
+        if run.step < self.votes.next: return
         due = rank() == 0 and time.monotonic() - self.saved >= self.every
         if run.interrupts.vote(int(due)): self.save(run)
+        self.votes.agree(run)
 
     def save(self, run): # the `Training`; all processes together
         "Write a checkpoint of the run as it is."
         if self.place == (run.epoch, run.batch): return         # it is written
+        read_steps(run)                                         # one that went astray is named
         spoilt = all_max(int(not is_finite(run.parts)))         # in any process
         if spoilt: raise Diverged("weights or their momenta are no longer numbers")
         checkpoint = checkpoint_of(run)

@@ -88,14 +88,18 @@ def shot_groups(
     return {k: m.nonzero().flatten() for k, m in masks.items()}
 
 # %% ../nbs/01_counts.ipynb #a73ddc8d
+def _in_float64(counts):
+    "Where they are, or on the CPU if their device has no float64. Not `as_tensor`, which a graph can't hold."
+    n = counts if torch.is_tensor(counts) else torch.tensor(counts)
+    has_float64 = n.device.type in ("cpu", "cuda")
+    return (n if has_float64 else n.cpu()).double()
+
 def log_prior(
     counts,               # [C] training images of each class, each at least 1
     dtype=torch.float32,  # floating-point type of the result
 ) -> torch.Tensor:        # [C], log(n_j / Σn)
     "Log of the class frequencies (Menon et al. 2021; Ren et al. 2020, balanced softmax)."
-    n = counts if torch.is_tensor(counts) else torch.tensor(counts)    # not as_tensor: `torch.compile`
-    has_float64 = n.device.type in ("cpu", "cuda")
-    n = (n if has_float64 else n.cpu()).double()
+    n = _in_float64(counts)
     require(n.ndim == 1 and n.numel() > 0, "`counts` must be a list of class counts", list(n.shape))
     if check_is_due("counts of the prior", n):
         def rarest(): return f"{n.min():g} in class {int(n.argmin())}"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_is_due, require
-from ..counts import log_prior
+from ..counts import _in_float64, log_prior
 
 # %% ../../nbs/36_losses.logits.ipynb #9d3ad880
 def _check_labels(labels, n_images, n_classes):
@@ -108,10 +108,10 @@ def class_balanced_weights(
     "Inverse effective number of images of each class (Cui et al. 2019)."
     require(0 <= beta < 1, "`beta` must lie in [0, 1)", beta)
     log_prior(class_counts)    # refuses a class without an image
-    counts = torch.as_tensor(class_counts)
-    n = counts.cpu().double()     # not every device has float64
+    n = _in_float64(class_counts)
     w = 1 / -torch.expm1(n * torch.log(torch.tensor(beta, dtype=torch.float64)))
-    return (w / w.mean()).float().to(counts.device)
+    weights = (w / w.mean()).float()
+    return weights.to(class_counts.device) if torch.is_tensor(class_counts) else weights
 
 # %% ../../nbs/36_losses.logits.ipynb #2de37a47
 def class_balanced_loss(
