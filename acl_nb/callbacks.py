@@ -197,13 +197,20 @@ class _Votes:
         self.next = 0                   # the step after which they vote
         self.last = None                # step and time of the last vote
 
-    def agree(self, run):
-        "On the next vote; all processes together, after a vote."
+    def agree(self, run): # the `Training`; all processes together, after a vote
+        "Agree on the next vote."
         if run.parts.device.type == "cpu" or world_size() == 1: return
         now = run.step, time.monotonic()
         steps, seconds = (1, 1.) if self.last is None else (b - a for a, b in zip(self.last, now))
         slowest = all_max(int(1e6 * seconds / max(1, steps)))            # microseconds per step
         self.last, self.next = now, run.step + min(READ_EVERY, max(1, 500_000 // max(1, slowest)))
+
+# %% ../nbs/57_callbacks.ipynb #a1ac7fd9
+def _require_good(run):
+    "No step may have gone astray, and no weight, in any process."
+    read_steps(run)
+    spoilt = all_max(int(not is_finite(run.parts)))
+    if spoilt: raise Diverged("weights or their momenta are no longer numbers")
 
 # %% ../nbs/57_callbacks.ipynb #4ad5753b
 class Saver:
@@ -232,9 +239,7 @@ class Saver:
     def save(self, run): # the `Training`; all processes together
         "Write a checkpoint of the run as it is."
         if self.place == (run.epoch, run.batch): return         # it is written
-        read_steps(run)                                         # one that went astray is named
-        spoilt = all_max(int(not is_finite(run.parts)))         # in any process
-        if spoilt: raise Diverged("weights or their momenta are no longer numbers")
+        _require_good(run)
         checkpoint = checkpoint_of(run)
         if rank() == 0: save_checkpoint(self.out/"checkpoint", checkpoint)
         self.saved, self.place = time.monotonic(), (run.epoch, run.batch)

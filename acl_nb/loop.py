@@ -11,7 +11,6 @@ __all__ = ['EVENTS', 'READ_EVERY', 'Diverged', 'batch_loss', 'gradients', 'predi
 import time
 from itertools import islice
 from math import isfinite, isnan
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -37,13 +36,10 @@ class Diverged(RuntimeError):
         super().__init__(what)
         self.made, self.step = made, step
 
-def _off_unit(rows):
-    return (rows.detach().float().norm(dim=-1) - 1).abs().max()
-
 def _lengths(out):
-    "[2] How far embeddings and class centres are off unit length; 0 where there are none."
-    off = _off_unit(out.z)
-    return torch.stack([off, torch.zeros_like(off) if out.centers is None else _off_unit(out.centers)])
+    "[2] How far embeddings and class centres, if there are any, are off unit length."
+    both = out.z, out.z if out.centers is None else out.centers
+    return torch.stack([(rows.detach().float().norm(dim=-1) - 1).abs().max() for rows in both])
 
 def _require_sound(off_z, off_centers, loss=0., step=None):
     "Embeddings and centres must have unit length, and the loss be a number."
@@ -209,7 +205,7 @@ class Standing:
         self.tested = parts.bare                            # the network that is tested and saved
         self.epoch = self.batch = self.step = 0             # done
         self.sums, self.values = {}, []                     # of the epoch's losses; of the step last read
-        self.unread = []                                    # steps whose losses are on the device
+        self.unread = []                                    # (step, batches, names, losses [T], signs) on the device
         self.history, self.grown = [], {}                   # rows; bytes of the files they went to
         self.scores = self.predictions = None               # of the last test
         self.seconds, self.clock = 0., time.perf_counter()  # of the epoch, in processes before this one
@@ -220,27 +216,17 @@ class Standing:
 # %% ../nbs/56_loop.ipynb #3cbab6f6
 READ_EVERY = 20     # steps, on an accelerator
 
-class _Made(NamedTuple):
-    "A step whose numbers are on the device."
-    step: int             # from 0
-    n: int                # its batches
-    names: list           # of the loss and its terms
-    losses: torch.Tensor  # [T]
-    signs: list           # of `batch_loss`, [3] each
-
 def read_steps(
     run:Standing,  # on whatever device
 ):
     "Bring the losses of the steps since the last reading to the host; `Diverged` names the first bad one."
     steps, run.unread = run.unread, []
     if not steps: return
-    on_device = [t for made in steps for t in (made.losses, *made.signs)]
-    numbers = iter(torch.cat(on_device).tolist())
-    for made in steps:
-        run.values = list(islice(numbers, len(made.names)))
-        for batch in made.signs: _require_sound(*islice(numbers, 3), step=made.step)
-        for name, value in zip(made.names, run.values):
-            run.sums[name] = run.sums.get(name, 0) + value * made.n
+    numbers = iter(torch.cat([t for *_, losses, signs in steps for t in (losses, *signs)]).tolist())
+    for step, n, names, _, signs in steps:
+        run.values = list(islice(numbers, len(names)))
+        for batch in signs: _require_sound(*islice(numbers, 3), step=step)
+        for name, value in zip(names, run.values): run.sums[name] = run.sums.get(name, 0) + value * n
 
 # %% ../nbs/56_loop.ipynb #64fa0767
 def count_step(
@@ -251,7 +237,7 @@ def count_step(
 ):
     "Note that a step is done, and read it, on an accelerator at every twentieth step."
     losses = torch.stack(list(means.values()))
-    run.unread.append(_Made(run.step, n, list(means), losses, list(signs)))
+    run.unread.append((run.step, n, list(means), losses, list(signs)))
     run.batch += n
     run.step += 1
     on_cpu = run.parts.device.type == "cpu"
@@ -279,8 +265,7 @@ def go_on_from(
 ):
     "Take over where a checkpoint ends."
     run.epoch, run.batch, run.step, run.seconds = found.epoch, found.batch, found.step, found.seconds
-    run.sums, run.grown = dict(found.sums), dict(found.grown)
-    run.values, run.unread = [], []
+    run.sums, run.grown, run.values, run.unread = dict(found.sums), dict(found.grown), [], []
     run.scores, run.predictions = found.tested["scores"], found.tested["predictions"]
     for name, part in run.parts.learning().items():
         if found.learnt[name]: part.load_state_dict(found.learnt[name])    # without fp16 the scaler has none
