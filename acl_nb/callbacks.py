@@ -197,6 +197,16 @@ class _Votes:
         self.next = 0                   # the step after which they vote
         self.last = None                # step and time of the last vote
 
+    def hold(self,
+        run,        # the `Training`
+        wish:int,   # of this process: 1 to save
+    ) -> int:       # the largest wish of all; 0 where it is not yet time
+        "Vote, and agree on the next vote."
+        if run.step < self.next: return 0
+        found = run.interrupts.vote(wish)
+        self.agree(run)
+        return found
+
     def agree(self, run): # the `Training`; all processes together, after a vote
         "Agree on the next vote."
         if run.parts.device.type == "cpu" or world_size() == 1: return
@@ -231,10 +241,8 @@ class Saver:
         run.history = read_rows(self.out/HISTORY)
 
     def after_step(self, run): # the `Training`
-        if run.step < self.votes.next: return
         due = rank() == 0 and time.monotonic() - self.saved >= self.every
-        if run.interrupts.vote(int(due)): self.save(run)
-        self.votes.agree(run)
+        if self.votes.hold(run, int(due)): self.save(run)
 
     def save(self, run): # the `Training`; all processes together
         "Write a checkpoint of the run as it is."
