@@ -174,11 +174,44 @@ def _how(z, K, method, wanted, share):
     exact = z.dtype != torch.float32 or torch.compiler.is_compiling() or matmul_route() != "tf32"
     return _How(method, _rows(z, K), "mm" if exact else "tf32", wanted, share)
 
-@torch.compiler.disable
-def _on_cpu(*args, aligned, method, wanted, share):
-    fast = args[0].dtype == torch.float32 and matmul_route() == "onednn"
+def _how_on_cpu(dtype, method, wanted, share):
+    fast = dtype == torch.float32 and matmul_route() == "onednn"
     rows, route = (128, "onednn") if fast else (256, "mm")
-    return _TiledLoss.apply(*args, aligned, _How(method, rows, route, wanted, share))
+    return _How(method, rows, route, wanted, share)
+
+# %% ../nbs/29_kernels.ipynb #ff9aff33
+_T = torch.Tensor
+
+@torch.library.custom_op("acl_nb::sweep", mutates_args=())
+def _sweep_as_one(
+    z:_T, others:_T, labels:_T, other_labels:_T, key:_T, row:_T, own:_T, temperature:float,
+    aligned:bool, method:str, number:int, of:int, wants_z:bool, wants_others:bool,
+) -> tuple[_T, _T, _T]:
+    how = _how_on_cpu(z.dtype, method, (wants_z, wants_others), Share(number, of))
+    with _precision_of(how.route):
+        return _sweep(z, others, labels, other_labels, key, row, own, temperature, aligned, how)
+
+@_sweep_as_one.register_fake
+def _shapes(z, others, *rest):
+    wants_others = rest[-1]
+    return z.new_empty(()), torch.empty_like(z), torch.empty_like(others if wants_others else others[:0])
+
+# %% ../nbs/29_kernels.ipynb #eebb7f37
+def _keep(ctx, inputs, output):
+    ctx.wanted = inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+
+def _scale(ctx, grad, *unused):
+    grads = [grad * d if w else None for d, w in zip(ctx.saved_tensors, ctx.wanted)]
+    return *grads, *[None] * 12
+
+_sweep_as_one.register_autograd(_scale, setup_context=_keep)
+
+def _on_cpu(*args, aligned, method, wanted, share):
+    if torch.compiler.is_compiling():
+        return _sweep_as_one(*args, aligned, method, *share, *wanted)[0]
+    how = _how_on_cpu(args[0].dtype, method, wanted, share)
+    return _TiledLoss.apply(*args, aligned, how)
 
 # %% ../nbs/29_kernels.ipynb #4ea4bd7f
 def _check(z, labels, temperature):

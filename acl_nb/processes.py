@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['rank', 'world_size', 'all_gather', 'Share', 'own_share', 'mean_of_ranks', 'all_max', 'gather_objects', 'all_sum',
-           'copy_from_first', 'from_first', 'require_same', 'all_or_none', 'Stopped', 'Interrupts', 'seed_rank']
+           'copy_from_first', 'from_first', 'require_same', 'all_or_none', 'Stopped', 'Interrupts', 'Votes',
+           'seed_rank']
 
 # %% ../nbs/02_processes.ipynb #c5d33304
 import random
@@ -215,6 +216,34 @@ class Interrupts:
         code = all_max(self.code or wish)
         if code > 1: raise Stopped(code)
         return code
+
+# %% ../nbs/02_processes.ipynb #58ff6c30
+class Votes:
+    "When processes vote: after each step, but on several GPUs about every half second."
+    def __init__(self,
+        most:int,   # steps between two votes on GPUs, at most
+    ):
+        self.most = most
+        self.next = 0       # the step after which they vote
+        self.last = None    # step and time of the last vote
+
+    def hold(self,
+        interrupts,             # an `Interrupts`
+        step:int,               # how many are done
+        device:torch.device,    # of the training
+        wish:int=0,             # of this process, as for `Interrupts.vote`
+    ) -> int:                   # the largest wish of all; 0 where it is not yet time
+        "Vote, and agree on the next vote."
+        if step < self.next: return 0
+        found = interrupts.vote(wish)
+        if device.type != "cpu" and world_size() > 1: self._agree(step)
+        return found
+
+    def _agree(self, step): # all processes together, after a vote
+        now = step, time.monotonic()
+        steps, seconds = (1, 1.) if self.last is None else (b - a for a, b in zip(self.last, now))
+        slowest = all_max(int(1e6 * seconds / max(1, steps)))            # microseconds per step
+        self.last, self.next = now, step + min(self.most, max(1, 500_000 // max(1, slowest)))
 
 # %% ../nbs/02_processes.ipynb #051118b0
 def seed_rank(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
     import triton
@@ -168,10 +169,7 @@ def _examine(device):
 
 # %% ../nbs/28_row_kernel.ipynb #adb5b116
 @cache
-def runs_on(
-    device:torch.device,  # of the tensors
-) -> bool:
-    "Does the kernel run there, with right results? Asked once per device and process."
+def _is_right_on(device):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if triton is None or not (device.type == "cuda" or device.type == "cpu" and interpreted):
         return False
@@ -182,3 +180,9 @@ def runs_on(
         warnings.warn(f"the row kernel is not used on {device}: {what}")
         return False
     return True
+
+def runs_on(
+    device:torch.device,  # of the tensors
+) -> bool:
+    "Does the kernel run there, with right results? Tried once per device and process."
+    return not is_in_torch_dispatch_mode() and _is_right_on(device)

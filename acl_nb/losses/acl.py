@@ -10,12 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_is_due
 from ..kernels import Weights, tiled_loss
 from ..pairs import check_negatives, check_pairs, column_and_row
 from ..pairs import contrast, masked_logsumexp, negative_weights
 from ..processes import Share
 
 # %% ../../nbs/33_losses.acl.ipynb #f9e94c4c
+def _classes_to_cover(negatives, key_labels):
+    "How many classes the counts must cover; 0 where none are read, or the labels are not looked at."
+    reads_counts = negatives in ("prior", "adjusted")
+    if not reads_counts or not check_is_due("largest label of the counts", key_labels):
+        return 0
+    return int(key_labels.max()) + 1
+
 def _terms(c, log_w, aligned):
     "[N, K] -log of each positive's share; entries that are not positive are meaningless."
     if not aligned:
@@ -38,7 +46,7 @@ def acl_loss_plain(
 ) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
     "`acl_loss` with whole matrices, for reading and for autograd."
     c = contrast(z, labels, temperature, centers)
-    check_negatives(negatives, class_counts, int(c.key_labels.max()) + 1)
+    check_negatives(negatives, class_counts, _classes_to_cover(negatives, c.key_labels))
     terms = _terms(c, negative_weights(c, negatives, class_counts), aligned)
     n_pos = c.positive.sum(1)
     per_anchor = torch.where(c.positive, terms, 0).sum(1) / n_pos.clamp_min(1)
@@ -58,7 +66,7 @@ def acl_loss(
     "Aligned contrastive loss (Ma et al., arXiv 2506.01071)."
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels
-    check_negatives(negatives, class_counts, int(key_labels.max()) + 1)
+    check_negatives(negatives, class_counts, _classes_to_cover(negatives, key_labels))
     of_keys, of_rows = column_and_row(batch.labels, key_labels, negatives, class_counts, batch.z.dtype)
     return tiled_loss(*batch, temperature, aligned, Weights(of_keys, of_rows), share=share)
 

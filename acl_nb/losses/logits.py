@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import require
-from ..counts import log_prior
+from ..checks import check_is_due, require
+from ..counts import _in_float64, log_prior
 from ..processes import Share
 
 # %% ../../nbs/36_losses.logits.ipynb #9d3ad880
@@ -20,10 +20,12 @@ def _check_labels(labels, n_images, n_classes):
     require(labels.shape == (n_images,), f"`labels` must be [B] = [{n_images}]", list(labels.shape))
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, "`labels` must be whole numbers", labels.dtype)
-    low, high = int(labels.min()), int(labels.max())
-    rule = f"`labels` must lie in 0..{n_classes - 1}"
-    require(0 <= low and high < n_classes, rule, low if low < 0 else high)
+    if check_is_due(f"labels of logits of {n_classes} classes", labels):
+        low, high = int(labels.min()), int(labels.max())
+        rule = f"`labels` must lie in 0..{n_classes - 1}"
+        require(0 <= low and high < n_classes, rule, low if low < 0 else high)
 
+# %% ../../nbs/36_losses.logits.ipynb #66ef715c
 def _flat(logits, labels, share=Share()):
     "[N, C] logits (float32 at least), their labels [N], and those of the rows of all shares."
     has_shape = logits.ndim in (2, 3) and len(logits) >= 1
@@ -83,8 +85,9 @@ def _weighted(flat, labels, weights, all_labels, share):
         return F.cross_entropy(flat, labels)
     weights = torch.as_tensor(weights).to(flat)
     _check_classes("weights", weights, flat)
-    usable = bool((weights > 0).all() and weights.isfinite().all())
-    require(usable, "`weights` must be positive and finite", weights.tolist())
+    if check_is_due("weights of the classes", weights):
+        usable = bool((weights > 0).all() and weights.isfinite().all())
+        require(usable, "`weights` must be positive and finite", weights.tolist)
     if share.of == 1:
         return F.cross_entropy(flat, labels, weights)
     total = F.cross_entropy(flat, labels, weights, reduction="sum")
@@ -116,10 +119,10 @@ def class_balanced_weights(
     "Inverse effective number of images of each class (Cui et al. 2019)."
     require(0 <= beta < 1, "`beta` must lie in [0, 1)", beta)
     log_prior(class_counts)    # refuses a class without an image
-    counts = torch.as_tensor(class_counts)
-    n = counts.cpu().double()     # not every device has float64
+    n = _in_float64(class_counts)
     w = 1 / -torch.expm1(n * torch.log(torch.tensor(beta, dtype=torch.float64)))
-    return (w / w.mean()).float().to(counts.device)
+    weights = (w / w.mean()).float()
+    return weights.to(class_counts.device) if torch.is_tensor(class_counts) else weights
 
 # %% ../../nbs/36_losses.logits.ipynb #2de37a47
 def class_balanced_loss(
