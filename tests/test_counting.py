@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from acl_nb import row_kernel
 from acl_nb.build import build
 from acl_nb.checks import check_again
 from acl_nb.counts import class_counts
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
 from acl_nb.loop import READ_EVERY, Training
-from acl_nb.losses import acl_loss, bcl_loss, class_balanced_loss, gpaco_loss, logit_adjusted_loss, scl_loss
+from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, gpaco_loss, ldam_loss
+from acl_nb.losses import logit_adjusted_loss, paco_loss, scl_loss
+from acl_nb.processes import Share
 from acl_nb.recipes import recipe
 from acl_nb.testing import PretendGPU, loss_and_grads, relative_error
 from acl_nb.views import ViewPipeline
@@ -136,9 +139,49 @@ COMPILED = {
     "scl": lambda z, centers, logits: scl_loss(z, LABELS),
     "bcl": lambda z, centers, logits: bcl_loss(z, LABELS, centers),
     "la": lambda z, centers, logits: logit_adjusted_loss(logits, LABELS, COUNTS),
+    "ce": lambda z, centers, logits: ce_loss(logits, LABELS),
     "cb": lambda z, centers, logits: class_balanced_loss(logits, LABELS, COUNTS),
+    "ldam": lambda z, centers, logits: ldam_loss(logits, LABELS, COUNTS, weights=COUNTS),
     "gpaco": lambda z, centers, logits: gpaco_loss(z, LABELS, logits, COUNTS, 0.05),
+    "paco": lambda z, centers, logits: paco_loss(z[:, 0], z[:, 0], LABELS, LABELS, logits[:, 0], COUNTS, 0.05),
 }
+
+SHARE = dict(share=Share(1, 2))
+OWN = SHARE["share"].rows(B)
+SHARED = {      # of the second of two processes; classes' counts lie where the embeddings do
+    "acl": lambda z, y, c, logits, n: acl_loss(z, y, c, 0.1, True, "adjusted", n, **SHARE),
+    "scl": lambda z, y, c, logits, n: scl_loss(z, y, centers=c, **SHARE),
+    "bcl": lambda z, y, c, logits, n: bcl_loss(z, y, c, **SHARE),
+    "ce": lambda z, y, c, logits, n: ce_loss(logits[OWN], y, **SHARE),
+    "la": lambda z, y, c, logits, n: logit_adjusted_loss(logits[OWN], y, n, **SHARE),
+    "ldam": lambda z, y, c, logits, n: ldam_loss(logits[OWN], y, n, weights=n, **SHARE),
+    "cb": lambda z, y, c, logits, n: class_balanced_loss(logits[OWN], y, n, **SHARE),
+    "gpaco": lambda z, y, c, logits, n: gpaco_loss(z, y, logits[OWN], n, 0.05, **SHARE),
+    "paco": lambda z, y, c, logits, n: paco_loss(z[:, 0], z[:, 0], y, y, logits[OWN, 0], n, 0.05, **SHARE),
+}
+
+def on_host(f): return lambda z, centers, logits: f(z, LABELS, centers, logits, COUNTS)
+
+COMPILED |= {f"{name}, a share": on_host(f) for name, f in SHARED.items()}
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_share_looks_at_values_once(name):
+    check_again()
+    with PretendGPU() as gpu:
+        batch = [t.to(gpu.device) for t in (unit(B, V, D), LABELS, unit(C, D), torch.ones(B, V, C), COUNTS)]
+        waits = [gpu.cost(lambda: SHARED[name](*batch))[2] for again in range(3)]
+    assert waits[0] > 0 and waits[1:] == [0, 0], (waits, gpu.places.most_common(10))
+
+def test_the_pretended_gpu_never_takes_the_row_kernel():
+    z = unit(B, V, D)
+    no_kernel = mock.patch("acl_nb.kernels.row_tile", side_effect=AssertionError("Triton can't run there"))
+    with mock.patch.object(row_kernel, "_is_right_on", lambda device: True), no_kernel:
+        assert row_kernel.runs_on(torch.device("cuda"))
+        with PretendGPU() as gpu:
+            assert not row_kernel.runs_on(gpu.device)
+            found = acl_loss(z.to(gpu.device), LABELS.to(gpu.device)).cpu()
+    assert relative_error([found], [acl_loss(z, LABELS)]) < 1e-6
+
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("loss", [pytest.param(f, id=name) for name, f in COMPILED.items()])
