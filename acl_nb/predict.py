@@ -114,6 +114,7 @@ def _answer(predictor, pixels):
     nearest = torch.full((len(z),), -1) if centers is None else (z @ centers.float().T).argmax(1)
     return logits.float().cpu(), z.cpu(), nearest.cpu()
 
+# %% ../nbs/70_predict.ipynb #66eb8a49
 def _named(classes, logits, z, nearest, top, changed):
     "What the numbers mean."
     probabilities, likely = logits.softmax(1).topk(min(top, len(classes)))
@@ -130,7 +131,7 @@ def _device(asked):
         reason = str(e).split("\n")[0].split(". ")[0]
         raise BadInput(f"`device` must be one that is here, such as cpu; got {asked}: {reason}") from None
 
-# %% ../nbs/70_predict.ipynb #d736826a
+# %% ../nbs/70_predict.ipynb #2a3428d5
 def _listed(images):
     "What a user gave, as a list of images."
     if isinstance(images, (str, Path)) and user_path(images).is_dir():
@@ -142,7 +143,7 @@ def _listed(images):
     require(len(listed) > 0, "`images` must hold at least one image", "none")
     return listed
 
-# %% ../nbs/70_predict.ipynb #db4983ea
+# %% ../nbs/70_predict.ipynb #7654e577
 class Predictor:
     "Images in, names out: `predictor(images) -> Predictions`."
     def __init__(self,
@@ -180,7 +181,7 @@ class Predictor:
         pixels, changed = zip(*map(self.prepare.pixels, _listed(images)))
         return self.of_pixels(torch.stack(pixels), top, changed)
 
-# %% ../nbs/70_predict.ipynb #1d84cf4d
+# %% ../nbs/70_predict.ipynb #71b5aead
 class _FromPixels(nn.Module):
     "From uint8 [B, channels, S, S] to logits [B, C]."
     def __init__(self,
@@ -214,7 +215,7 @@ def _write_onnx(graph, facts, path):
     made.model.metadata_props["acl_nb"] = json.dumps(asdict(facts))
     made.save(path)
 
-# %% ../nbs/70_predict.ipynb #bc7eb068
+# %% ../nbs/70_predict.ipynb #8e11c07c
 def export_model(
     model,  # of `load_model`, or what it takes
     path,   # .pt2 (torch.export) or .onnx
@@ -231,7 +232,7 @@ def export_model(
         torch.export.save(made, path, extra_files={"facts.json": json.dumps(asdict(network.facts))})
     return path
 
-# %% ../nbs/70_predict.ipynb #dfcfb45e
+# %% ../nbs/70_predict.ipynb #fe93c2a7
 def _named_files(paths):
     "All files that were named, folders in their order."
     found = []
@@ -251,7 +252,7 @@ def _readable(predictor, paths):
             failed += 1
     return good, failed
 
-# %% ../nbs/70_predict.ipynb #fd2c3e7a
+# %% ../nbs/70_predict.ipynb #f9d2f10d
 def _rows(predictor, paths, top):
     "A dict for each readable file, and the number of the others."
     rows, all_failed = [], 0
@@ -267,7 +268,7 @@ def _rows(predictor, paths, top):
             rows.append(row | {"changed": changed})
     return rows, all_failed
 
-# %% ../nbs/70_predict.ipynb #d8e31765
+# %% ../nbs/70_predict.ipynb #2b1bcff3
 def _as_table(rows):
     lines = [["image", "class", "", "then"]]
     for row in rows:
@@ -287,7 +288,7 @@ def _as_csv(rows):
         writer.writerow([row["image"], *cells, row["nearest_center"] or ""])
     return made.getvalue().rstrip("\n")
 
-# %% ../nbs/70_predict.ipynb #c48df5ea
+# %% ../nbs/70_predict.ipynb #c2efe53b
 _CHANGED = {
     "grey": "grey images, whose one channel stands for all three of the network: {n:,}",
     "colour": "coloured images, made grey because the network takes one channel: {n:,}",
@@ -298,13 +299,13 @@ def _changes(rows):
     found = {what: sum(row["changed"] == what for row in rows) for what in _CHANGED}
     return [_CHANGED[what].format(n=n) for what, n in found.items() if n]
 
-# %% ../nbs/70_predict.ipynb #58cd2b62
+# %% ../nbs/70_predict.ipynb #635dfda2
 def _print_rows(rows, as_json, as_csv):
     if as_json: print(json.dumps(rows, indent=1))
     elif as_csv: print(_as_csv(rows))
     elif rows: print(_as_table(rows))
 
-# %% ../nbs/70_predict.ipynb #7c3405c5
+# %% ../nbs/70_predict.ipynb #0230a4cc
 @command
 def acl_predict(
     model:str,              # run folder, model.safetensors, or a name on the hub, USER/NAME

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from .cards import find_hub, model_card
 from .checks import BadInput, require, user_path
 from .commands import command
+from .models import load_model
 from .plots.svg import accuracy_svg, counts_svg
 from .records import BALANCE, HISTORY, Run, write_bytes, write_json, write_text
 from .report import write_report
@@ -56,6 +57,7 @@ def _require_finished(run):
     require(complete, f"{run.path} must hold a finished run; {goes_on}")
     known = run.env and "data" in run.env
     require(known, f"{run.path} must hold env.json, which says what the data are")
+    load_model(run.path)           # refuses a file without what its users need
 
 def _is_ours(names, read_card):
     "Are these names, one of them a card, what was shared from here?"

@@ -1,5 +1,6 @@
 "Sharing a run: what is in the folder and what is not, the zip, and a stand-in of the hub."
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from acl_nb.networks import load_network
+from acl_nb.networks import load_network, save_network
 from acl_nb.recipes import read_recipe, recipe
 from acl_nb.settings import Recipe
 from acl_nb.share import FILES, acl_share, share_folder
@@ -185,3 +186,8 @@ def test_wrong_folders_are_refused(tmp_path, digits, capsys):
     (tmp_path/"mine.zip").write_bytes(b"mine")
     assert "it is another file" in refused(capsys, 2, digits.path, zip=tmp_path/"mine.zip")
     assert (tmp_path/"mine.zip").read_bytes() == b"mine" and not (tmp_path/"new").exists()
+
+def test_a_model_that_its_users_could_not_use_is_refused(tmp_path, digits, capsys):
+    old = shutil.copytree(digits.path, tmp_path/"old")
+    save_network(load_network(old/"model.safetensors"), old/"model.safetensors")     # as earlier versions wrote it
+    assert "`acl_eval RUN` writes it anew" in refused(capsys, 2, old, out=tmp_path/"new")
