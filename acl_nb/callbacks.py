@@ -51,8 +51,7 @@ class _Voice:
         if self.quiet: return
         try: tqdm.write(line)
         except UnicodeEncodeError as e:
-            known = line.encode(e.encoding, "replace").decode(e.encoding)
-            tqdm.write(known)
+            tqdm.write(line.encode(e.encoding, "replace").decode(e.encoding))
         except (OSError, ValueError): self.quiet = True      # nobody reads any more
 
 # %% ../nbs/57_callbacks.ipynb #57a10004
@@ -67,8 +66,7 @@ def _table_line(row, epochs):
 
 def _is_shown(epoch, epochs):
     "Is the epoch (1, 2, …) one of the twenty?"
-    interval = math.ceil(epochs / 20)
-    return epoch % interval == 0 or epoch >= epochs
+    return epoch % math.ceil(epochs / 20) == 0 or epoch >= epochs
 
 # %% ../nbs/57_callbacks.ipynb #57a10007
 def _new_bar(run, quiet):
@@ -165,8 +163,7 @@ def append_epoch(
     if balance: row["balance"] = _by_group(balance, run.parts.data.counts)
     if rank() > 0: return
     if balance:
-        per_class = {"epoch": row["epoch"], "balance": balance}
-        run.grown[BALANCE] = append_row(out/BALANCE, per_class)
+        run.grown[BALANCE] = append_row(out/BALANCE, {"epoch": row["epoch"], "balance": balance})
     run.grown[HISTORY] = append_row(out/HISTORY, row)
 
 # %% ../nbs/57_callbacks.ipynb #57a10015
@@ -228,7 +225,7 @@ class Saver:
 
     def after_step(self, run): # the `Training`
         due = rank() == 0 and time.monotonic() - self.saved >= self.every
-        if self.votes.hold(run.interrupts, run.step, run.parts.device, int(due)): self.save(run)
+        if self.votes.hold(run.interrupts, run.step, run.parts.device, due): self.save(run)
 
     def save(self, run): # the `Training`; all processes together
         "Write a checkpoint of the run as it is."
@@ -317,8 +314,7 @@ def _send_all(library, name, out, recipe, rows):
     there.finish()
 
 def _summary(out):
-    results = _numbers(Run(out).summary)
-    return {f"summary/{name}": value for name, value in results.items()}
+    return {f"summary/{name}": value for name, value in _numbers(Run(out).summary).items()}
 
 # %% ../nbs/57_callbacks.ipynb #cbe64f6b
 def _send_or_warn(library, name, *args):

@@ -18,7 +18,8 @@ from torch import nn
 from .build import Parts, averaged, half_precision, put_at
 from .checkpoints import Checkpoint, random_state, set_random_state
 from .checks import OneLineError, check_again, check_is_due, require
-from .loading import batches_of, cut_where_decoded, load_batches, share_notes, share_of_test
+from .loading import batches_of, cut_where_decoded, load_batches, sent_to
+from .loading import share_notes, share_of_test
 from .metrics import evaluate_predictions
 from .networks import Network
 from .processes import Interrupts, all_gather, all_sum, copy_from_first, gather_objects
@@ -49,11 +50,6 @@ def _require_sound(off_z, off_centers, loss=0., step=None):
         if off > 1e-3: raise Diverged(f"the {name} no longer have unit length", False, step)
     if not isfinite(loss): raise Diverged(f"the loss is {loss}", False, step)
 
-# %% ../nbs/56_loop.ipynb #92f7daa3
-def _sent(batch, device):
-    "Images, labels and positions on the device; from pinned memory nobody waits for the copy."
-    return [t.to(device, non_blocking=True) for t in batch]
-
 # %% ../nbs/56_loop.ipynb #528d2239
 def batch_loss(
     parts:Parts,  # of the run
@@ -62,7 +58,7 @@ def batch_loss(
     signs=None,   # a list: on an accelerator, signs of divergence are added instead of looked at
 ) -> tuple:       # the loss, and its terms by name
     "Loss of the batch of all processes."
-    images, labels, ids = _sent(batch, parts.device)
+    images, labels, ids = sent_to(parts.device, *batch)
     views = parts.views(images, ids, epoch)
     with parts.half(): out = parts.network(parts.keys.asking(views))
     labels = all_gather(labels)
@@ -134,7 +130,7 @@ def predict(
     try:
         for images, labels, ids in batches_of(loader):
             if interrupts is not None and interrupts.code: break
-            images, labels, ids = _sent((images, labels, ids), device)
+            images, labels, ids = sent_to(device, images, labels, ids)
             _note_answers(made, ids, labels, *_answers(network, pipeline(images)[:, 0], precision))
     finally: network.train(was_training)
     if interrupts is not None: interrupts.vote()
@@ -155,7 +151,7 @@ def place_means(
     network.eval()
     for images, labels, _ in batches_of(loader):
         if interrupts is not None and interrupts.code: break
-        images, labels = _sent((images, labels), parts.device)
+        images, labels = sent_to(parts.device, images, labels)
         images = parts.plain(images)[:, 0]
         with half_precision(parts.device, parts.setup["test_precision"]): z = network.embed(images)
         sums.index_add_(0, labels, z)

@@ -231,11 +231,11 @@ class Votes:
         interrupts,             # an `Interrupts`
         step:int,               # how many are done
         device:torch.device,    # of the training
-        wish:int=0,             # of this process, as for `Interrupts.vote`
-    ) -> int:                   # the largest wish of all; 0 where it is not yet time
+        wish:bool=False,        # of this process: is there something that all should do now?
+    ) -> int:                   # 1 if any process wishes it; 0 where it is not yet time
         "Vote, and agree on the next vote."
         if step < self.next: return 0
-        found = interrupts.vote(wish)
+        found = interrupts.vote(int(wish))
         if device.type != "cpu" and world_size() > 1: self._agree(step)
         return found
 
