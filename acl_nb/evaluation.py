@@ -131,12 +131,13 @@ def _figures(result, counts, names):
             "reliability": plot_reliability(result["reliability"], "How sure, and how right"),
             "shift": plot_shift(result["shift"], "Under other class frequencies")}
 
-# %% ../nbs/71_evaluation.ipynb #d487ab85
+# %% ../nbs/71_evaluation.ipynb #85d8a44b
 def _lead(result, parts):
     "What the page's numbers are of."
     n, C = len(result["predictions"]["labels"]), len(parts.data.classes)
-    said = f"{n:,} images, {C} classes. The network {result['adjustment']}."
+    said = f"{n:,} images, {C} classes."
     if "difference" not in result: return said
+    said = f"{said} The network was adjusted: {result['adjustment']}."
     before = percent(result["before"]["mean_per_class"])
     apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
     return f"{said} Before: {before} over classes; the difference: {apart} points ({low} to {high})."

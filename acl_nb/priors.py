@@ -202,15 +202,20 @@ def shift_curve(
         rows.append(_row(name, "moved", accuracy(moved), prior, counts))
     return rows
 
-# %% ../nbs/48_priors.ipynb #ef9ec160
+# %% ../nbs/48_priors.ipynb #11a90b81
 _LINES = {"all": NEUTRAL, **GROUP_COLOURS}
 _DASHES = {"as it is": "dot", "moved": "solid"}
+
+def _ratio(name):
+    "50:1 for forward 50, 1:50 for backward 50."
+    order, _, ratio = name.partition(" ")
+    return {"forward": f"{ratio}:1", "backward": f"1:{ratio}"}.get(order, "1:1")
 
 def _add_curve(fig, rows, group, how):
     "One line: a group of classes, as it is or moved."
     name = group + (", moved" if how == "moved" else "")
     line = dict(color=_LINES[group], dash=_DASHES[how], width=3 if group == "all" else 1.5)
-    fig.add_scatter(x=[row["prior"] for row in rows], y=[row[group] for row in rows], name=name, line=line,
+    fig.add_scatter(x=[_ratio(row["prior"]) for row in rows], y=[row[group] for row in rows], name=name, line=line,
                     mode="lines+markers", hovertemplate="%{x}: %{y:.1%}<extra>" + name + "</extra>")
 
 def plot_shift(
@@ -223,6 +228,6 @@ def plot_shift(
         some = [row for row in rows if row["how"] == how]
         for group in _LINES:
             if some and group in some[0]: _add_curve(fig, some, group, how)
-    fig.update_xaxes(title_text="frequencies, largest : smallest", title_standoff=8)
+    fig.update_xaxes(title_text="frequency, head : tail", type="category", tickfont_size=11)
     fig.update_yaxes(title_text="expected accuracy", tickformat=".0%")
-    return styled(fig, title, 420).update_layout(legend_y=-0.42, margin_b=140)
+    return styled(fig, title, 380)

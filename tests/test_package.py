@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from acl_nb.studies.tables import axis_table, provenance, results_table, select, study_rows
+from acl_nb.studies.tables import after_rows, axis_table, provenance, results_table, select, study_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,10 +72,17 @@ def fashion_tables(rows):
     parts = [select(rows, readout=readout) for readout in ("centers", "classifier")]
     return [axis_table(part, "views", value) for part in parts if part for value in ("top1", "few")] + [axis_table(parts[0], "views", value) for value in ("top1_by_means", "few_by_means")] + [axis_table([r for r in parts[0] if "conflict_rate" in r], "views", "conflict_rate")]
 
+WAYS = ("as trained", "adjusted by 1", "adjusted, tuned", "unit weights", "weights tuned")
+
+def after_tables(rows):
+    made = [row for row in after_rows(rows) if row["afterwards"] in WAYS]
+    return [axis_table(made, "afterwards", value) for value in ("top1", "few", "ece")]
+
 TABLES = {      # what each study's notebook shows of its results
     "digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables,
     "fashion_ablation": lambda rows: [results_table(select(rows, readout=readout), values, ("aligned", "centers", "negatives")) for readout, values in (("centers", BOTH), ("classifier", ("top1", "few", "conflict_rate")))],
     "glyphs": lambda rows: [results_table(select(rows, readout="centers"), BOTH), results_table(select(rows, readout="classifier"))],
+    "after_the_fact": after_tables,
     "fashion_peers": lambda rows: [axis_table(rows, "imbalance", value) for value in ("top1", "few")],
     "fashion_sensitivity": lambda rows: [axis_table(rows, axis, value) for axis in ("weight", "temperature", "batch_size", "negatives") for value in ("top1", "few")]}
 

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from PIL import Image
 
 from acl_nb import doctor, recipes
 
@@ -58,6 +59,7 @@ def run(patch, argv):
 
 def test_every_command_runs_in_the_order_printed(new_user, capsys):
     assert len(COMMANDS) >= 9
+    Image.new("RGB", (60, 40), "orange").save("photo.png")
     for argv in filter(None, COMMANDS): run(new_user, argv)
     said = capsys.readouterr().out
     assert "summary.json: the same numbers, exactly" in said and '"dataset": "cifar100_lt"' in said

@@ -2,11 +2,14 @@
 import json
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from acl_nb.datasets import digits_lt
 from acl_nb.studies import acl_study
 from acl_nb.studies.results import load_results, train_cell
 from acl_nb.studies.specs import find_study, recorded, study_cells
@@ -82,6 +85,47 @@ def study_in(folder, spec, out, options={}):
     os.chdir(folder)
     study(spec, **{"workers": 2, "out": str(out), **options})
 
+def small_fashion(folder):
+    "Digits under the names of Fashion-MNIST's files: a small data set with a validation part."
+    folder.mkdir()
+    digits = digits_lt(imbalance=1, n_max=124)
+    for name, part in (("train", digits.train), ("t10k", digits.test)):
+        for kind, values in (("images-idx3", part.images[:, 0]), ("labels-idx1", part.labels)):
+            header = b"\0\0\x08" + struct.pack(f">B{values.ndim}I", values.ndim, *values.shape)
+            (folder/f"{name}-{kind}-ubyte").write_bytes(header + values.to(torch.uint8).numpy().tobytes())
+    return folder
+
+AFTER = {"recipe": "fashion_lt", "probe": None, "seeds": [0], "seed_fields": ["seed"],
+         "base": {**SPEC["base"], "epochs": 4, "policy": "digits"},
+         "grids": [{"arms": {"ce": {"loss": "ce"}, "la": {"loss": "la"}}}]}
+
+def test_what_can_be_made_afterwards_is_recorded_and_checked(tmp_path, capsys):
+    out = {"out": str(tmp_path/"runs"), "data": str(small_fashion(tmp_path/"data")), "workers": 1}
+    plain, spec = written(tmp_path, "plain", **AFTER), written(tmp_path, "after", **AFTER, after=[0, 1.5])
+    study(plain, **out)
+    study(spec, status=True)                       # the same recipes, and yet other runs
+    assert "plain: 2 of 2 cells" in (said := capsys.readouterr().out) and "after: 0 of 2 cells" in said
+    study(spec, **out)
+    runs, before = (load_results(tmp_path/f"results/{name}.json") for name in ("after", "plain"))
+    for key, run in runs.items():
+        adjusted = run["adjusted"]
+        assert run["after"] == [0, 1.5] == [found["tau"] for found in adjusted["adjusted"]]
+        assert {name: adjusted["adjusted"][0][name] for name in ("top1", "few", "ece")}.items() <= run.items()
+        assert {"tuned", "normalised", "normalised_tuned"} < set(adjusted)
+        assert len(adjusted["shifted"]["as it is"]) == len(adjusted["shifted"]["moved"]) == 11
+        same = {name: run[name] for name in before[key] if name not in ("seconds", "environment")}
+        assert same.items() <= before[key].items() and "adjusted" not in before[key]
+    study(plain, **out)                            # nor does the study without take those of the one with
+    assert load_results(tmp_path/"results/plain.json") == before
+
+    study(spec, check=2, data=out["data"], workers=1)
+    assert "equals the record" in capsys.readouterr().out
+    text = (tmp_path/"results/after.json").read_text()
+    assert text.count('"tau": 1.5, "top1": ') >= 2     # one number is changed: the check finds it
+    (tmp_path/"results/after.json").write_text(text.replace('"tau": 1.5, "top1": 0', '"tau": 1.5, "top1": 1'))
+    with pytest.raises(SystemExit) as exit: study(spec, check=2, data=out["data"], workers=1)
+    assert exit.value.code == 1 and "adjusted is" in capsys.readouterr().err
+
 BAD = {
     "not JSON": ("{", "must be a readable JSON file"),
     "no grids": ({"question": "Which?", "recipe": "digits_lt", "seeds": [0]}, "`grids` must be given"),
@@ -91,6 +135,7 @@ BAD = {
     "no views": ({**SPEC, "grids": [{"arms": {"a": {}}, "axes": {"views": [2, 0]}}], "base": {}}, "a/views=0/seed=0: `views` must be at least 1; got 0"),
     "a field twice": ({**SPEC, "grids": [{"arms": {"a": {"seed": 3}}}]}, "a/seed=0: a field must be set once, by the arm, an axis, the tuning or the seed; got seed"),
     "a tuning that is not there": ({**SPEC, "tuned_by": "nothing"}, "nothing.json must be a readable JSON file"),
+    "nothing to tune on": ({**SPEC, "after": [0, 1]}, "ce/seed=0: `after` needs a data set with a validation part, `split` val; got digits_lt"),
     "no such images": ({**SPEC, "base": {"n_max": 5000}}, "ce/seed=0: class 0 must have 5000 images"),
 }
 

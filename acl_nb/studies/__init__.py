@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..checks import BadInput, require, usable_cpus
 from ..commands import command
 from ..report import percent
-from .results import identity, load_results, save_results, settings_of
+from .results import load_results, run_identity, save_results, settings_of
 from .specs import STUDIES, cell_identity, find_study, probe_of, read_study, recorded, study_cells
 from .workers import run_tasks
 
@@ -37,7 +37,7 @@ def _clear(folder):
 
 def _known(folder):
     "Identity -> run, of all results in a folder."
-    return {identity(run["recipe"], run["probe"]): run for path in sorted(Path(folder).glob("*.json")) for run in load_results(path).values()}
+    return {run_identity(run): run for path in sorted(Path(folder).glob("*.json")) for run in load_results(path).values()}
 
 # %% ../../nbs/83_studies.ipynb #95f67b6f
 class _Recorder:
@@ -105,7 +105,7 @@ def run_study(
         for key, c in cells.items():
             if only not in key or (mark := recorder.marks[key]) in taken: continue
             taken.add(mark)
-            tasks[key] = replace(c.recipe, data=data or c.recipe.data), _folder(out, key, mark), probe_of(study, c.recipe)
+            tasks[key] = replace(c.recipe, data=data or c.recipe.data), _folder(out, key, mark), probe_of(study, c.recipe), study.after
         run_tasks(tasks, workers, recorder)
     return recorder.failed
 
@@ -130,7 +130,7 @@ def check_study(
     require(n >= 1 and runs, "a check must have cells: `check` at least 1, and one that is recorded", f"{n} of {len(runs)}")
     tell = lambda key, what, value: wrong.extend(_differences(key, runs[key], value) if what == "done" else [f"{key}: {what}: {value}"])
     with tempfile.TemporaryDirectory() as out:
-        keys, task = sorted(runs), lambda i, c: (replace(c.recipe, data=data or c.recipe.data), Path(out)/str(i), probe_of(study, c.recipe))
+        keys, task = sorted(runs), lambda i, c: (replace(c.recipe, data=data or c.recipe.data), Path(out)/str(i), probe_of(study, c.recipe), study.after)
         chosen = [keys[i * len(keys) // n] for i in range(n)] if n < len(keys) else keys
         run_tasks({key: task(i, cells[key]) for i, key in enumerate(chosen)}, workers, tell)
     return wrong

@@ -17,10 +17,11 @@ from statistics import mean
 from typing import NamedTuple
 
 from ..checks import BadInput, choose, require
+from ..datasets import facts_of
 from ..probes import can_probe
 from ..recipes import read_json, recipe
 from ..settings import Recipe
-from .results import identity, load_results, settings_of
+from .results import identity, load_results, run_identity, settings_of
 
 # %% ../../nbs/81_studies.specs.ipynb #5a0de7d5
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Study:
     seed_fields: list = field(default_factory=lambda: ["seed"])   # fields that a seed sets
     probe: int | None = None                           # steps between two measurements of the gradient balance; None: none
     tuned_by: str | None = None                        # another study, whose best settings the arms take
+    after: list | None = None                          # strengths of post-hoc adjustment; None: none is measured
 
     name = property(lambda self: self.path.stem, doc="Of the study.")
     results = property(lambda self: self.path.parent/"results"/self.path.name, doc="The file of its results.")
@@ -52,6 +54,14 @@ _RULES = {"question": (_is_text, "text"), "recipe": (_is_text, "text"), "tuned_b
           "seeds": (lambda v: _all(v, lambda s: type(s) is int) and len({*v}) == len(v), "a list of different whole numbers"),
           "base": (lambda v: isinstance(v, dict), "an object, a field of the recipe an entry"), "seed_fields": (lambda v: _all(v, _is_text), "a list of fields"),
           "probe": (lambda v: v is None or type(v) is int and v >= 1, "a whole number of steps")}
+
+# %% ../../nbs/81_studies.specs.ipynb #0c1a4b78
+def _are_strengths(v):
+    "Is it a list of different, finite numbers?"
+    numbers = _all(v, lambda x: type(x) in (int, float) and math.isfinite(x))
+    return numbers and len({*v}) == len(v)
+
+_RULES["after"] = (lambda v: v is None or _are_strengths(v), "a list of different numbers")
 
 # %% ../../nbs/81_studies.specs.ipynb #dd539f50
 STUDIES = Path("nbs/studies")    # where specs lie, seen from the project's folder
@@ -123,6 +133,15 @@ def _tuning_scores(study):
     for key, c in cells.items(): top1.setdefault((c.arm, tuple(c.at.items())), []).append(runs[key].get("top1", -math.inf))
     return [(arm, dict(at), mean(values)) for (arm, at), values in top1.items()]
 
+# %% ../../nbs/81_studies.specs.ipynb #cefe2161
+def _check_adjustable(r):
+    "Refuse a recipe whose network can't be judged after the fact."
+    reads = facts_of(r.dataset).reads
+    require("split" in reads, "`after` needs a data set with a validation part, `split` val", r.dataset)
+    require(r.split in (None, "test"), "`after` needs runs that are tested on `split` test", r.split)
+    require(r.readout == "classifier", "`after` needs runs that are read out by classifier", r.readout)
+    require(r.classifier == "linear", "`after` needs a linear classifier", r.classifier)
+
 # %% ../../nbs/81_studies.specs.ipynb #4252bdb9
 def study_cells(
     study:Study,  # of `read_study`
@@ -136,6 +155,7 @@ def study_cells(
             try:
                 tuned = best_settings(scores, arm, at) if scores else {}
                 r = recipe(study.recipe, **study.base | _joined(own, at, tuned, dict.fromkeys(study.seed_fields, seed)))
+                if study.after: _check_adjustable(r)
             except BadInput as e: raise BadInput(f"{study.path}: {key}: {e}") from None
             require(cells.setdefault(key, cell := Cell(arm, at, seed, r)) == cell, f"{study.path}: {key} must mean one recipe; two grids have it")
     return cells
@@ -153,7 +173,7 @@ def cell_identity(
     cell:Cell,    # of the study
 ) -> str:         # eight hexadecimal digits
     "The same for cells and recorded runs that are the same."
-    return identity(settings_of(cell.recipe), probe_of(study, cell.recipe))
+    return identity(settings_of(cell.recipe), probe_of(study, cell.recipe), study.after)
 
 def recorded(
     study:Study,      # of `read_study`
@@ -161,4 +181,4 @@ def recorded(
 ) -> dict:            # key -> of `run_result`, in the cells' order
     "The results that a study has."
     cells, runs = cells or study_cells(study), load_results(study.results)
-    return {key: runs[key] for key, c in cells.items() if key in runs and identity(runs[key]["recipe"], runs[key]["probe"]) == cell_identity(study, c)}
+    return {key: runs[key] for key, c in cells.items() if key in runs and run_identity(runs[key]) == cell_identity(study, c)}
