@@ -265,7 +265,8 @@ def is_finite(
     tensors = list(parts.bare.state_dict().values())
     for state in parts.optimizer.state.values():
         tensors += [value for value in state.values() if torch.is_tensor(value)]
-    return all(t.isfinite().all() for t in tensors)
+    sound = torch.stack([t.isfinite().all() for t in tensors])
+    return bool(sound.all())
 
 # %% ../nbs/55_build.ipynb #0ebec498
 def _build_loading(r, data, workers):

@@ -27,11 +27,11 @@ from .checks import BadInput
 from .counts import shot_groups
 from .datasets.decoders import Note
 from .intervals import accuracy_intervals
-from .loop import Diverged, Training, checkpoint_of
+from .loop import READ_EVERY, Diverged, Training, checkpoint_of, read_steps
 from .momentum import MomentumCopy
 from .models import WEIGHTS, describe_model, save_model
 from .networks import Network
-from .processes import all_max, rank
+from .processes import Votes, all_max, rank
 from .recipes import read_json
 from .records import BALANCE, HISTORY, Run, append_row, cut_rows, read_rows
 from .records import write_json, write_predictions
@@ -51,8 +51,7 @@ class _Voice:
         if self.quiet: return
         try: tqdm.write(line)
         except UnicodeEncodeError as e:
-            known = line.encode(e.encoding, "replace").decode(e.encoding)
-            tqdm.write(known)
+            tqdm.write(line.encode(e.encoding, "replace").decode(e.encoding))
         except (OSError, ValueError): self.quiet = True      # nobody reads any more
 
 # %% ../nbs/57_callbacks.ipynb #57a10004
@@ -67,8 +66,7 @@ def _table_line(row, epochs):
 
 def _is_shown(epoch, epochs):
     "Is the epoch (1, 2, …) one of the twenty?"
-    interval = math.ceil(epochs / 20)
-    return epoch % interval == 0 or epoch >= epochs
+    return epoch % math.ceil(epochs / 20) == 0 or epoch >= epochs
 
 # %% ../nbs/57_callbacks.ipynb #57a10007
 def _new_bar(run, quiet):
@@ -165,8 +163,7 @@ def append_epoch(
     if balance: row["balance"] = _by_group(balance, run.parts.data.counts)
     if rank() > 0: return
     if balance:
-        per_class = {"epoch": row["epoch"], "balance": balance}
-        run.grown[BALANCE] = append_row(out/BALANCE, per_class)
+        run.grown[BALANCE] = append_row(out/BALANCE, {"epoch": row["epoch"], "balance": balance})
     run.grown[HISTORY] = append_row(out/HISTORY, row)
 
 # %% ../nbs/57_callbacks.ipynb #57a10015
@@ -202,6 +199,12 @@ def write_results(
     write_json(out/"summary.json", summary)
     write_report(Run(out))
 
+# %% ../nbs/57_callbacks.ipynb #a1ac7fd9
+def _require_good(run):
+    "No step may have gone astray, and no weight, in any process."
+    read_steps(run)
+    if all_max(int(not is_finite(run.parts))): raise Diverged("weights or their momenta are no longer numbers")
+
 # %% ../nbs/57_callbacks.ipynb #4ad5753b
 class Saver:
     "Keep a run's folder: checkpoints and history on the way; network, summary and report at the end."
@@ -212,6 +215,7 @@ class Saver:
         self.out, self.every = Path(out), every
         self.saved = time.monotonic()       # when it saved last
         self.place = None                   # epoch and batch of that checkpoint
+        self.votes = Votes(READ_EVERY)      # when processes vote
 
     def take_back(self, run): # the `Training`, which goes on from a checkpoint
         "Cut off what was written after the checkpoint, and read the history."
@@ -221,13 +225,12 @@ class Saver:
 
     def after_step(self, run): # the `Training`
         due = rank() == 0 and time.monotonic() - self.saved >= self.every
-        if run.interrupts.vote(int(due)): self.save(run)
+        if self.votes.hold(run.interrupts, run.step, run.parts.device, due): self.save(run)
 
     def save(self, run): # the `Training`; all processes together
         "Write a checkpoint of the run as it is."
         if self.place == (run.epoch, run.batch): return         # it is written
-        spoilt = all_max(int(not is_finite(run.parts)))         # in any process
-        if spoilt: raise Diverged("weights or their momenta are no longer numbers")
+        _require_good(run)
         checkpoint = checkpoint_of(run)
         if rank() == 0: save_checkpoint(self.out/"checkpoint", checkpoint)
         self.saved, self.place = time.monotonic(), (run.epoch, run.batch)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from .checks import require
+from .checks import check_is_due, require
 
 # %% ../nbs/01_counts.ipynb #e1712abc
 KINDS = ("exp", "step", "balanced")
@@ -88,13 +88,20 @@ def shot_groups(
     return {k: m.nonzero().flatten() for k, m in masks.items()}
 
 # %% ../nbs/01_counts.ipynb #a73ddc8d
+def _in_float64(counts):
+    "Where they are, or on the CPU if their device has no float64. Not `as_tensor`, which a graph can't hold."
+    n = counts if torch.is_tensor(counts) else torch.tensor(counts)
+    has_float64 = n.device.type in ("cpu", "cuda")
+    return (n if has_float64 else n.cpu()).double()
+
 def log_prior(
     counts,               # [C] training images of each class, each at least 1
     dtype=torch.float32,  # floating-point type of the result
 ) -> torch.Tensor:        # [C], log(n_j / Σn)
     "Log of the class frequencies (Menon et al. 2021; Ren et al. 2020, balanced softmax)."
-    n = torch.as_tensor(counts).cpu().double()     # not every device has float64
-    require(n.ndim == 1 and n.numel() > 0, "`counts` must be a list of class counts", f"shape {tuple(n.shape)}")
-    got = f"{n.min():g} in class {int(n.argmin())}"
-    require(bool((n > 0).all()), "every class must have at least one image", got)
+    n = _in_float64(counts)
+    require(n.ndim == 1 and n.numel() > 0, "`counts` must be a list of class counts", list(n.shape))
+    if check_is_due("counts of the prior", n):
+        def rarest(): return f"{n.min():g} in class {int(n.argmin())}"
+        require(bool((n > 0).all()), "every class must have at least one image", rarest)
     return (n / n.sum()).log().to(dtype)

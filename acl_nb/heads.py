@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import require
+from .processes import Share, all_gather
 
 # %% ../nbs/41_heads.ipynb #bd13e898
 class ProjectionHead(nn.Module):
@@ -44,6 +45,32 @@ class CosineClassifier(nn.Module):
     def forward(self, x): # [N, in_dim] -> [N, C] logits
         return self.scale * F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
+# %% ../nbs/41_heads.ipynb #e68518ac
+class _OverClasses(nn.Module):
+    "Batch normalisation over the classes, without running statistics."
+    def __init__(self, width): # numbers per class
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = 1e-5
+
+    def forward(self,
+        h,          # [c, width] of this process's classes
+        C=None,     # classes of all processes; None: these are all
+    ):
+        if C is None: return F.batch_norm(h, None, None, self.weight, self.bias, True, 0., self.eps)
+        def mean(t): # [c, width] -> [width], over all processes
+            return all_gather(t.sum(0, keepdim=True)).sum(0) / C
+        centred = h - mean(h)
+        return centred * (mean(centred.square()) + self.eps).rsqrt() * self.weight + self.bias
+
+def _gather_shares(t, n, of):
+    "[n, D] from the processes' shares of n rows."
+    most = -(-n // of)
+    filled = all_gather(F.pad(t, (0, 0, 0, most - len(t)))).split(most)
+    sizes = [len(range(n)[Share(number, of).rows(n)]) for number in range(of)]
+    return torch.cat([part[:size] for part, size in zip(filled, sizes)])
+
 # %% ../nbs/41_heads.ipynb #37c120f1
 class CentersFromWeights(nn.Module):
     "Class centres from the classifier's weights through a perceptron (Zhu et al. 2022, BCL)."
@@ -53,13 +80,22 @@ class CentersFromWeights(nn.Module):
         dim:int,      # D, length of an embedding
     ):
         super().__init__()
-        spread = nn.BatchNorm1d(hidden, track_running_stats=False)       # over the classes
         self.layers = nn.Sequential(
-            nn.Linear(in_dim, hidden, bias=False), spread, nn.ReLU(),
+            nn.Linear(in_dim, hidden, bias=False), _OverClasses(hidden), nn.ReLU(),
             nn.Linear(hidden, dim))
 
-    def forward(self, weight): # [C, in_dim] -> [C, D] unit length
+    def forward(self,
+        weight,         # [C, in_dim] of the classifier
+        share=Share(),  # of the classes that are computed here; all processes together
+    ):                  # [C, D] unit length, of all
+        if share.of > 1: return self._together(weight, share)
         return F.normalize(self.layers(weight), dim=-1)
+
+    def _together(self, weight, share): # the same, each process its share of the classes
+        widen, normalise, relu, narrow = self.layers
+        h = widen(weight[share.rows(len(weight))])
+        centers = F.normalize(narrow(relu(normalise(h, len(weight)))), dim=-1)
+        return _gather_shares(centers, len(weight), share.of)
 
 # %% ../nbs/41_heads.ipynb #ac0dd227
 class FreeCenters(nn.Module):
@@ -71,5 +107,5 @@ class FreeCenters(nn.Module):
         super().__init__()
         self.points = nn.Parameter(F.normalize(torch.randn(n_classes, dim), dim=-1))
 
-    def forward(self, weight=None): # [C, in_dim], not read -> [C, D] unit length
+    def forward(self, weight=None, share=Share()): # neither is read -> [C, D] unit length
         return F.normalize(self.points, dim=-1)

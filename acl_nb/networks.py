@@ -22,6 +22,7 @@ from torch import nn
 from .checks import BadInput, choose
 from .encoders import encoder
 from .heads import CentersFromWeights, CosineClassifier, FreeCenters, ProjectionHead
+from .processes import Share, own_share
 
 # %% ../nbs/43_networks.ipynb #307938f3
 class Output(NamedTuple):
@@ -78,7 +79,8 @@ def forward(self:Network, images): # [B, V, channels, H, W] -> Output
         features = features.to(self.classifier.weight.dtype)
         z = self.head(features).unflatten(0, images.shape[:2])               # [B, V, D]
         logits = self.classifier(features).unflatten(0, images.shape[:2])    # [B, V, C]
-        centers = None if self.centers is None else self.centers(self.classifier.weight)
+        share = own_share() if self.training else Share()    # in training all processes are here
+        centers = None if self.centers is None else self.centers(self.classifier.weight, share)
         return Output(z, logits, centers)
 
 # %% ../nbs/43_networks.ipynb #eb8e50ac

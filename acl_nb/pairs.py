@@ -7,12 +7,12 @@ __all__ = ['NEGATIVES', 'flatten_views', 'Anchors', 'check_pairs', 'Contrast', '
            'count_alike', 'check_negatives', 'column_and_row', 'negative_weights']
 
 # %% ../nbs/30_pairs.ipynb #c4fb0324
-from math import log
+from math import isnan, log
 from typing import NamedTuple
 
 import torch
 
-from .checks import require
+from .checks import check_is_due, require
 from .counts import log_prior
 
 # %% ../nbs/30_pairs.ipynb #dd8b8905
@@ -31,8 +31,9 @@ def _check_labels(labels, n_images):
     require(one_per_image, f"`labels` must be [B] = [{n_images}]", list(labels.shape))
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, "`labels` must be whole numbers", labels.dtype)
-    smallest = int(labels.min())
-    require(smallest >= 0, "`labels` must be at least 0", smallest)
+    if check_is_due("smallest label of pairs", labels):
+        smallest = int(labels.min())
+        require(smallest >= 0, "`labels` must be at least 0", smallest)
 
 def _check_batch(z, labels, temperature):
     has_shape = z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1
@@ -46,17 +47,20 @@ def _check_batch(z, labels, temperature):
 _UNIT_TOLERANCE = 0.02    # of a vector's length; bfloat16 keeps 8 bits
 
 def _check_unit(name, rows):
-    off = (rows.detach().float().norm(dim=-1) - 1).abs().max()
-    require(not bool(off.isnan()), f"`{name}` must be finite", "nan")
+    if not check_is_due(f"unit length of {name}", rows):
+        return
+    off = (rows.detach().float().norm(dim=-1) - 1).abs().max().item()
+    require(not isnan(off), f"`{name}` must be finite", "nan")
     rule = f"`{name}` must have unit length (within {_UNIT_TOLERANCE})"
-    require(bool(off <= _UNIT_TOLERANCE), rule, f"a length off by {off:.3g}")
+    require(off <= _UNIT_TOLERANCE, rule, lambda: f"a length off by {off:.3g}")
 
 def _check_centers(centers, z, labels):
     D, C = z.shape[-1], len(centers)
     as_wide = centers.ndim == 2 and centers.shape[1] == D
     require(as_wide, f"`centers` must be [C, {D}], as wide as `z`", list(centers.shape))
-    largest = int(labels.max())
-    require(largest < C, f"`labels` must be below the {C} classes of `centers`", largest)
+    if check_is_due(f"largest label of {C} centers", labels):
+        largest = int(labels.max())
+        require(largest < C, f"`labels` must be below the {C} classes of `centers`", largest)
 
 # %% ../nbs/30_pairs.ipynb #fe2f4356
 class Anchors(NamedTuple):

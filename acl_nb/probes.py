@@ -13,7 +13,7 @@ import torch
 from .checks import require
 from .gradients import PairGradients, class_balance, conflict_rate, pair_gradients
 from .losses import Objective, loss_traits, losses_that
-from .processes import rank
+from .processes import all_gather, rank
 from .settings import Recipe
 
 # %% ../nbs/58_probes.ipynb #53c41a52
@@ -108,16 +108,20 @@ class Probe(MeanBalance):
         require(can_probe(recipe.loss), rule, recipe.loss)
         self.every = every
         self.last = -1          # the step whose first batch has been seen
-        self.handle = None      # removes the pre-hook; only the first process has one
+        self.handle = None      # removes the pre-hook
 
     def begin(self, run): # the `Training` whose objective is listened to
         listen = partial(self._listen, run)
-        if rank() == 0: self.handle = run.parts.objective.register_forward_pre_hook(listen)
+        self.handle = run.parts.objective.register_forward_pre_hook(listen)
 
     def _listen(self, run, objective, args):
         due = run.step % run.parts.steps % self.every == 0
-        if due and run.step != self.last: self.measure(objective, *args)
+        if due and run.step != self.last: self._measure_whole(objective, *args)
         self.last = run.step
+
+    def _measure_whole(self, objective, out, *rest): # rank 0 measures, for all processes
+        if objective.traits.kind == "joint": out = out._replace(logits=all_gather(out.logits.detach()))
+        if rank() == 0: self.measure(objective, out, *rest)
 
     def after_epoch(self, run): # the `Training`, before it is saved
         if self.steps: run.history[-1]["balance"] = self.means()

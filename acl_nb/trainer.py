@@ -70,7 +70,8 @@ def _start(recipe, out, found, accelerator, workers):
 # %% ../nbs/59_trainer.ipynb #d08c81a5
 def _explained(error, training, out):
     "`Diverged`, with where it happened and what is left."
-    step = training.step - error.made           # the step that went wrong, from 0
+    last = training.step - error.made
+    step = last if error.step is None else error.step       # the step that went wrong, from 0
     epoch = step // training.parts.steps
     rate = training.parts.lr(step)
     where = f"training diverged in epoch {epoch + 1}, step {step + 1}, at learning rate {rate:.3g}"
@@ -108,14 +109,15 @@ def _determinism(wanted):
 # %% ../nbs/59_trainer.ipynb #6d03b7c0
 def _run(training, saver, out):
     "Train to the end; every early end is saved where it can be, and explained."
-    try: training.run()
-    except Stopped:
-        saver.save(training)
-        raise
-    except LoaderDied:
-        if world_size() > 1 or not training.interrupts.code: raise
-        saver.save(training)
-        raise Stopped(training.interrupts.code) from None
+    try:
+        try: training.run()
+        except Stopped:
+            saver.save(training)
+            raise
+        except LoaderDied:
+            if world_size() > 1 or not training.interrupts.code: raise
+            saver.save(training)
+            raise Stopped(training.interrupts.code) from None
     except Diverged as e: raise _explained(e, training, out) from None
     except RuntimeError as e:
         lost = _lost(e)

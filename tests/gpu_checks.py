@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from acl_nb import kernels
+from acl_nb import kernels, row_kernel
 from acl_nb.checkpoints import latest
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
 from acl_nb.losses import LOSSES, Objective, acl, bcl, losses_that, make_loss, scl
@@ -110,9 +110,9 @@ def relative_error(found, wanted):
     return torch.stack(errors).max().item()
 
 @contextmanager
-def several_tiles(N, K, parts=3):
-    "A budget that makes about three tiles, and the device's way on the CPU too."
-    dense = partial(kernels.tiled_loss, method="dense")
+def several_tiles(N, K, method="dense", parts=3):
+    "A budget that makes about three tiles, and one way on every device."
+    dense = partial(kernels.tiled_loss, method=method)
     with ExitStack() as changed:
         changed.enter_context(mock.patch.object(kernels, "_BUDGET", 4 * K * -(-N // parts)))
         for module in (acl, bcl, scl): changed.enter_context(mock.patch.object(module, "tiled_loss", dense))
@@ -132,6 +132,9 @@ def check_losses(bench):
                 def in_tiles():
                     with several_tiles(B * V, B * V + C * ("centers" in case[2])): return compare()
                 ways[", several tiles"] = in_tiles
+                def by_rows():
+                    with several_tiles(B * V, B * V + C * ("centers" in case[2]), "rows"): return compare()
+                if row_kernel.runs_on(torch.device(bench.device)): ways[", row kernel, several tiles"] = by_rows
             for way, error_of in ways.items():
                 title = f"{name}, {shape}{way}"
                 def check():

@@ -24,6 +24,7 @@ from .logits import ce_loss, class_balanced_loss, class_balanced_weights
 from .logits import ldam_loss, ldam_margins, logit_adjusted_loss
 from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
 from .scl import SCLLoss, scl_loss
+from ..processes import Share
 
 # %% ../../nbs/37_losses.ipynb #beff276c
 _all_ = ["SCLLoss", "scl_loss", "ACLLoss", "acl_loss", "BCLLoss", "bcl_loss"]
@@ -126,9 +127,9 @@ class Objective(nn.Module):
         self.contrastive = None if alone else make_loss(name, **settings)
 
 # %% ../../nbs/37_losses.ipynb #153400f4
-def _joint(loss, out, labels, keys, key_labels):
+def _joint(loss, out, labels, keys, key_labels, share):
     "PaCo's or GPaCo's one term."
-    if isinstance(loss, GPaCoLoss): return loss(out.z, labels, out.logits, keys, key_labels)
+    if isinstance(loss, GPaCoLoss): return loss(out.z, labels, out.logits, keys, key_labels, share)
     needs = "needs `keys`, the other views as a momentum encoder sees them"
     require(keys is not None, f'"paco" {needs}; "gpaco" does without')
     asks_once = "has one view that asks: `z` must be [B, 1, D], and the other views among the `keys`"
@@ -136,7 +137,7 @@ def _joint(loss, out, labels, keys, key_labels):
     asks = out.z[:, 0]
     every = torch.cat([asks, keys.to(asks)])
     every_label = torch.cat([labels, key_labels.to(labels)])
-    return loss(asks, every, labels, every_label, out.logits[:, 0])
+    return loss(asks, every, labels, every_label, out.logits[:, 0], share)
 
 def _check_keys(z, keys, key_labels):
     both = keys is not None and key_labels is not None
@@ -145,21 +146,36 @@ def _check_keys(z, keys, key_labels):
     rule = f"`keys` must be [K, {z.shape[-1]}] with K `key_labels`"
     require(fit, rule, f"{list(keys.shape)} and {list(key_labels.shape)}")
 
+# %% ../../nbs/37_losses.ipynb #e220dd6c
+def _passed_on(loss, share):
+    "The share as a keyword, where there is more than one and the loss takes it."
+    takes = share.of > 1 and "share" in signature(loss.forward).parameters
+    return {"share": share} if takes else {}
+
+def _of_logits(loss, logits, labels, share):
+    "A classifier's loss of this share's logits; a loss that knows no shares sees a batch of its own."
+    more = _passed_on(loss, share)
+    if share.of > 1 and not more: labels = labels[share.rows(len(labels))]
+    return loss(logits, labels, **more)
+
 # %% ../../nbs/37_losses.ipynb #93c19026
 @patch
 def forward(self:Objective,
-    out,                           # z [B, V, D], logits [B, V, C], centers [C, D] or None; "paco": V = 1
+    out,                           # z [B, V, D], logits [B, V, C] (of the share), centers [C, D] or None; "paco": V = 1
     labels:torch.Tensor,           # [B] in 0..C-1
     keys:torch.Tensor=None,        # [K, D] unit length: "paco"'s other views, then a queue; a queue
     key_labels:torch.Tensor=None,  # [K] in 0..C-1
+    share:Share=Share(),           # of the images: whose rows the logits are, and whose terms are computed
 ) -> tuple:                        # scalar, {"classifier": .., "contrastive": ..} or {"joint": ..}
     "The loss and its parts."
     if keys is not None or key_labels is not None: _check_keys(out.z, keys, key_labels)
     if self.traits.kind == "joint":
-        parts = {"joint": _joint(self.contrastive, out, labels, keys, key_labels)}
+        parts = {"joint": _joint(self.contrastive, out, labels, keys, key_labels, share)}
         return parts["joint"], parts
     require(keys is None, 'only "paco" and "gpaco" take `keys`')
-    parts = {} if self.classifier is None else {"classifier": self.classifier(out.logits, labels)}
+    parts = {}
+    if self.classifier is not None: parts["classifier"] = _of_logits(self.classifier, out.logits, labels, share)
     if self.contrastive is None: return parts["classifier"], parts
-    parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers)
+    more = _passed_on(self.contrastive, share)
+    parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers, **more)
     return parts.get("classifier", 0) + self.weight * parts["contrastive"], parts

@@ -10,11 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_is_due
 from ..kernels import Weights, tiled_loss
 from ..pairs import check_negatives, check_pairs, column_and_row
 from ..pairs import contrast, masked_logsumexp, negative_weights
+from ..processes import Share
 
 # %% ../../nbs/33_losses.acl.ipynb #f9e94c4c
+def _classes_to_cover(negatives, key_labels):
+    "How many classes the counts must cover; 0 where none are read, or the labels are not looked at."
+    reads_counts = negatives in ("prior", "adjusted")
+    if not reads_counts or not check_is_due("largest label of the counts", key_labels):
+        return 0
+    return int(key_labels.max()) + 1
+
 def _terms(c, log_w, aligned):
     "[N, K] -log of each positive's share; entries that are not positive are meaningless."
     if not aligned:
@@ -37,7 +46,7 @@ def acl_loss_plain(
 ) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
     "`acl_loss` with whole matrices, for reading and for autograd."
     c = contrast(z, labels, temperature, centers)
-    check_negatives(negatives, class_counts, int(c.key_labels.max()) + 1)
+    check_negatives(negatives, class_counts, _classes_to_cover(negatives, c.key_labels))
     terms = _terms(c, negative_weights(c, negatives, class_counts), aligned)
     n_pos = c.positive.sum(1)
     per_anchor = torch.where(c.positive, terms, 0).sum(1) / n_pos.clamp_min(1)
@@ -52,13 +61,14 @@ def acl_loss(
     aligned:bool=True,          # a term's denominator holds its own positive and the negatives only
     negatives:str="batch",      # weight of the negatives: batch | prior | adjusted | none
     class_counts=None,          # [C] training images of each class, for "prior" and "adjusted"
+    share:Share=Share(),        # of the anchors, as in `tiled_loss`; the whole in one process
 ) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
     "Aligned contrastive loss (Ma et al., arXiv 2506.01071)."
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels
-    check_negatives(negatives, class_counts, int(key_labels.max()) + 1)
+    check_negatives(negatives, class_counts, _classes_to_cover(negatives, key_labels))
     of_keys, of_rows = column_and_row(batch.labels, key_labels, negatives, class_counts, batch.z.dtype)
-    return tiled_loss(*batch, temperature, aligned, Weights(of_keys, of_rows))
+    return tiled_loss(*batch, temperature, aligned, Weights(of_keys, of_rows), share=share)
 
 # %% ../../nbs/33_losses.acl.ipynb #a4a6f4ae
 class ACLLoss(nn.Module):
@@ -75,6 +85,6 @@ class ACLLoss(nn.Module):
         counts = None if class_counts is None else torch.as_tensor(class_counts)
         self.register_buffer("class_counts", counts)
 
-    def forward(self, z, labels, centers=None): # [B, V, D], [B], [C, D] -> scalar
+    def forward(self, z, labels, centers=None, share=Share()): # [B, V, D], [B], [C, D] -> scalar
         settings = self.temperature, self.aligned, self.negatives, self.class_counts
-        return acl_loss(z, labels, centers, *settings)
+        return acl_loss(z, labels, centers, *settings, share)

@@ -12,6 +12,7 @@ from torch import nn
 from ..checks import require
 from ..kernels import Weights, tiled_loss
 from ..pairs import check_pairs, column_and_row, contrast, key_counts, masked_logsumexp
+from ..processes import Share
 
 # %% ../../nbs/34_losses.bcl.ipynb #16eec909
 def _check_given(centers):
@@ -40,6 +41,7 @@ def bcl_loss(
     labels:torch.Tensor,    # [B] in 0..C-1
     centers:torch.Tensor,   # [C, D] unit length, joined to the keys
     temperature:float=0.1,  # τ > 0
+    share:Share=Share(),    # of the anchors, as in `tiled_loss`; the whole in one process
 ) -> torch.Tensor:          # scalar, mean over all anchors
     "Balanced contrastive loss (Zhu et al. 2022)."
     _check_given(centers)
@@ -48,7 +50,8 @@ def bcl_loss(
     key, _ = column_and_row(batch.labels, batch.key_labels, "batch", dtype=batch.z.dtype)
     b = torch.exp(-key[:len(batch.z)])             # [N] keys of the anchor's class, itself included
     own = -(b - 1).log()                           # [N]
-    return tiled_loss(*batch, temperature, aligned=False, weights=Weights(key=key, own=own))
+    weights = Weights(key=key, own=own)
+    return tiled_loss(*batch, temperature, aligned=False, weights=weights, share=share)
 
 # %% ../../nbs/34_losses.bcl.ipynb #c632d69a
 class BCLLoss(nn.Module):
@@ -59,5 +62,5 @@ class BCLLoss(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, z, labels, centers): # [B, V, D], [B], [C, D] -> scalar
-        return bcl_loss(z, labels, centers, self.temperature)
+    def forward(self, z, labels, centers, share=Share()): # [B, V, D], [B], [C, D] -> scalar
+        return bcl_loss(z, labels, centers, self.temperature, share)

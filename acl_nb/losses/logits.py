@@ -11,36 +11,42 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import require
-from ..counts import log_prior
+from ..checks import check_is_due, require
+from ..counts import _in_float64, log_prior
+from ..processes import Share
 
 # %% ../../nbs/36_losses.logits.ipynb #9d3ad880
 def _check_labels(labels, n_images, n_classes):
     require(labels.shape == (n_images,), f"`labels` must be [B] = [{n_images}]", list(labels.shape))
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, "`labels` must be whole numbers", labels.dtype)
-    low, high = int(labels.min()), int(labels.max())
-    rule = f"`labels` must lie in 0..{n_classes - 1}"
-    require(0 <= low and high < n_classes, rule, low if low < 0 else high)
+    if check_is_due(f"labels of logits of {n_classes} classes", labels):
+        low, high = int(labels.min()), int(labels.max())
+        rule = f"`labels` must lie in 0..{n_classes - 1}"
+        require(0 <= low and high < n_classes, rule, low if low < 0 else high)
 
-def _flat(logits, labels):
-    "[N, C] logits (float32 at least) and [N] labels of [B, C] or [B, V, C] logits and [B] labels."
+# %% ../../nbs/36_losses.logits.ipynb #66ef715c
+def _flat(logits, labels, share=Share()):
+    "[N, C] logits (float32 at least), their labels [N], and those of the rows of all shares."
     has_shape = logits.ndim in (2, 3) and len(logits) >= 1
     require(has_shape, "`logits` must be [B, C] or [B, V, C], B >= 1", list(logits.shape))
-    _check_labels(labels, len(logits), logits.shape[-1])
+    mine = labels if share.of == 1 else labels[share.rows(len(labels))]
+    _check_labels(mine, len(logits), logits.shape[-1])
     if logits.ndim == 3:
-        labels = labels.repeat_interleave(logits.shape[1])
+        mine, labels = (y.repeat_interleave(logits.shape[1]) for y in (mine, labels))
     logits = logits.flatten(0, -2)
     widened = logits if logits.dtype == torch.float64 else logits.float()
-    return widened, labels.long()
+    return widened, mine.long(), labels.long()
 
 # %% ../../nbs/36_losses.logits.ipynb #e1a759d1
 def ce_loss(
     logits:torch.Tensor,  # [B, C] or [B, V, C]
     labels:torch.Tensor,  # [B] in 0..C-1
+    share:Share=Share(),  # whose rows `logits` are; `labels` are those of all shares
 ) -> torch.Tensor:        # scalar, mean over all logits' rows
     "Softmax cross-entropy."
-    return F.cross_entropy(*_flat(logits, labels))
+    flat, labels, _ = _flat(logits, labels, share)
+    return F.cross_entropy(flat, labels)
 
 # %% ../../nbs/36_losses.logits.ipynb #adf5b32f
 def _check_classes(name, values, flat):
@@ -54,9 +60,10 @@ def logit_adjusted_loss(
     labels:torch.Tensor,  # [B] in 0..C-1
     class_counts,         # [C] training images of each class, each at least 1
     tau:float=1.0,        # strength; 0 is cross-entropy
+    share:Share=Share(),  # whose rows `logits` are; `labels` are those of all shares
 ) -> torch.Tensor:        # scalar, mean over all logits' rows
     "Cross-entropy with the log-prior added to the logits (Menon et al. 2021; Ren et al. 2020)."
-    flat, labels = _flat(logits, labels)
+    flat, labels, _ = _flat(logits, labels, share)
     _check_classes("class_counts", class_counts, flat)
     prior = log_prior(class_counts, torch.float64).to(flat)
     return F.cross_entropy(flat + tau * prior, labels)
@@ -72,15 +79,19 @@ def ldam_margins(
     return max_margin * ((log_n.min() - log_n) / 4).exp()
 
 # %% ../../nbs/36_losses.logits.ipynb #5784bfcb
-def _weighted(flat, labels, weights):
-    "Cross-entropy with a weight for each class; the mean is divided by the weights of the rows."
+def _weighted(flat, labels, weights, all_labels, share):
+    "Cross-entropy with a weight for each class; the mean is divided by the weights of the rows of all shares."
     if weights is None:
         return F.cross_entropy(flat, labels)
     weights = torch.as_tensor(weights).to(flat)
     _check_classes("weights", weights, flat)
-    usable = bool((weights > 0).all() and weights.isfinite().all())
-    require(usable, "`weights` must be positive and finite", weights.tolist())
-    return F.cross_entropy(flat, labels, weights)
+    if check_is_due("weights of the classes", weights):
+        usable = bool((weights > 0).all() and weights.isfinite().all())
+        require(usable, "`weights` must be positive and finite", weights.tolist)
+    if share.of == 1:
+        return F.cross_entropy(flat, labels, weights)
+    total = F.cross_entropy(flat, labels, weights, reduction="sum")
+    return share.of * total / weights[all_labels].sum()
 
 # %% ../../nbs/36_losses.logits.ipynb #6df8f469
 def ldam_loss(
@@ -90,13 +101,15 @@ def ldam_loss(
     max_margin:float=0.5,  # Δ of the rarest class, in cosine
     scale:float=30.0,      # of the cosines in `logits`
     weights=None,          # [C] positive, for deferred re-weighting; None: every row counts alike
+    share:Share=Share(),   # whose rows `logits` are; `labels` are those of all shares
 ) -> torch.Tensor:         # scalar, mean over all logits' rows, weighted
     "Label-distribution-aware margin loss (Cao et al. 2019)."
     require(scale > 0, "`scale` must be positive", scale)
-    flat, labels = _flat(logits, labels)
+    flat, labels, all_labels = _flat(logits, labels, share)
     _check_classes("class_counts", class_counts, flat)
     margin = scale * ldam_margins(class_counts, max_margin).to(flat)
-    return _weighted(flat - margin * F.one_hot(labels, flat.shape[1]), labels, weights)
+    with_margin = flat - margin * F.one_hot(labels, flat.shape[1])
+    return _weighted(with_margin, labels, weights, all_labels, share)
 
 # %% ../../nbs/36_losses.logits.ipynb #cb3d89d2
 def class_balanced_weights(
@@ -106,10 +119,10 @@ def class_balanced_weights(
     "Inverse effective number of images of each class (Cui et al. 2019)."
     require(0 <= beta < 1, "`beta` must lie in [0, 1)", beta)
     log_prior(class_counts)    # refuses a class without an image
-    counts = torch.as_tensor(class_counts)
-    n = counts.cpu().double()     # not every device has float64
+    n = _in_float64(class_counts)
     w = 1 / -torch.expm1(n * torch.log(torch.tensor(beta, dtype=torch.float64)))
-    return (w / w.mean()).float().to(counts.device)
+    weights = (w / w.mean()).float()
+    return weights.to(class_counts.device) if torch.is_tensor(class_counts) else weights
 
 # %% ../../nbs/36_losses.logits.ipynb #2de37a47
 def class_balanced_loss(
@@ -117,11 +130,13 @@ def class_balanced_loss(
     labels:torch.Tensor,  # [B] in 0..C-1
     class_counts,         # [C] training images of each class, each at least 1
     beta:float=0.9999,    # 0 <= β < 1; 0 is cross-entropy
+    share:Share=Share(),  # whose rows `logits` are; `labels` are those of all shares
 ) -> torch.Tensor:        # scalar, weighted mean over all logits' rows
     "Cross-entropy weighted by the inverse effective number (Cui et al. 2019)."
-    flat, labels = _flat(logits, labels)
+    flat, labels, all_labels = _flat(logits, labels, share)
     _check_classes("class_counts", class_counts, flat)
-    return _weighted(flat, labels, class_balanced_weights(class_counts, beta))
+    weights = class_balanced_weights(class_counts, beta)
+    return _weighted(flat, labels, weights, all_labels, share)
 
 # %% ../../nbs/36_losses.logits.ipynb #4399b3e4
 class LDAMLoss(nn.Module):
@@ -138,14 +153,15 @@ class LDAMLoss(nn.Module):
         self.register_buffer("class_counts", torch.as_tensor(class_counts))
         self.register_buffer("weights", None if weights is None else torch.as_tensor(weights))
 
-    def forward(self, logits, labels): # [B, C] or [B, V, C], [B] -> scalar
-        return ldam_loss(logits, labels, self.class_counts, self.max_margin, self.scale, self.weights)
+    def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
+        settings = self.class_counts, self.max_margin, self.scale, self.weights
+        return ldam_loss(logits, labels, *settings, share)
 
 # %% ../../nbs/36_losses.logits.ipynb #84493145
 class CELoss(nn.Module):
     "`ce_loss` as a module."
-    def forward(self, logits, labels): # [B, C] or [B, V, C], [B] -> scalar
-        return ce_loss(logits, labels)
+    def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
+        return ce_loss(logits, labels, share)
 
 # %% ../../nbs/36_losses.logits.ipynb #a9eb9bfd
 class LogitAdjustedLoss(nn.Module):
@@ -159,8 +175,8 @@ class LogitAdjustedLoss(nn.Module):
         self.register_buffer("class_counts", torch.as_tensor(class_counts))
         self.tau = tau
 
-    def forward(self, logits, labels): # [B, C] or [B, V, C], [B] -> scalar
-        return logit_adjusted_loss(logits, labels, self.class_counts, self.tau)
+    def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
+        return logit_adjusted_loss(logits, labels, self.class_counts, self.tau, share)
 
 # %% ../../nbs/36_losses.logits.ipynb #4f065082
 class ClassBalancedLoss(nn.Module):
@@ -174,5 +190,5 @@ class ClassBalancedLoss(nn.Module):
         self.register_buffer("class_counts", torch.as_tensor(class_counts))
         self.beta = beta
 
-    def forward(self, logits, labels): # [B, C] or [B, V, C], [B] -> scalar
-        return class_balanced_loss(logits, labels, self.class_counts, self.beta)
+    def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
+        return class_balanced_loss(logits, labels, self.class_counts, self.beta, share)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import require
+from ..checks import check_is_due, require
 from ..counts import log_prior
 from ..pairs import _check_unit, flatten_views
+from ..processes import Share
 
 # %% ../../nbs/35_losses.paco.ipynb #08e2856b
 def _soft_cross_entropy(s, weight, log_factor):
@@ -35,38 +36,43 @@ def _check_labels(name, labels, n, C):
     require(labels.shape == (n,), f"`{name}` must be [{n}]", list(labels.shape))
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, f"`{name}` must be whole numbers", labels.dtype)
-    low, high = int(labels.min()), int(labels.max())
-    rule = f"`{name}` must lie in 0..{C - 1}"
-    require(0 <= low and high < C, rule, low if low < 0 else high)
+    if check_is_due(f"{name} of {C} classes for PaCo", labels):
+        low, high = int(labels.min()), int(labels.max())
+        rule = f"`{name}` must lie in 0..{C - 1}"
+        require(0 <= low and high < C, rule, low if low < 0 else high)
 
 # %% ../../nbs/35_losses.paco.ipynb #a81d508d
-def _check_shapes(q, keys, logits, C):
+def _check_shapes(q, keys, logits, C, share):
     require(q.ndim == 2 and len(q) >= 1, "`q` must be [A, D] with A >= 1", list(q.shape))
     A, D = q.shape
     fits = keys.ndim == 2 and keys.shape[1] == D and len(keys) >= A
     require(fits, f"`keys` must be [K, {D}] with K >= {A}", list(keys.shape))
-    rule = f"`logits` must be [{A}, {C}], a row for each query"
-    require(logits.shape == (A, C), rule, list(logits.shape))
+    own = len(q[share.rows(A)])
+    rule = f"`logits` must be [{own}, {C}], a row for each query"
+    require(logits.shape == (own, C), rule, list(logits.shape))
 
-def _check_batch(q, keys, labels, key_labels, logits, C):
-    _check_shapes(q, keys, logits, C)
+def _check_batch(q, keys, labels, key_labels, logits, C, share):
+    _check_shapes(q, keys, logits, C, share)
     A = len(q)
     _check_labels("labels", labels, A, C)
     _check_labels("key_labels", key_labels, len(keys), C)
     _check_unit("keys", keys)
-    same_keys = bool((keys[:A] == q).all())
-    same_labels = bool((key_labels[:A] == labels).all())
-    rule = f"the first {A} rows of `keys` and `key_labels` must be `q` and `labels` themselves"
-    require(same_keys and same_labels, rule)
+    if check_is_due("first keys of PaCo", q, keys):
+        same_keys = bool((keys[:A] == q).all())
+        same_labels = bool((key_labels[:A] == labels).all())
+        rule = f"the first {A} rows of `keys` and `key_labels` must be `q` and `labels` themselves"
+        require(same_keys and same_labels, rule)
 
 # %% ../../nbs/35_losses.paco.ipynb #b9b8a519
-def _join(q, keys, logits, class_counts, temperature):
-    "[A, C + K] adjusted logits, then similarities; [A, K] where a key is the anchor itself."
+def _join(q, keys, logits, class_counts, temperature, share=Share()):
+    "[A, C + K] adjusted logits, then similarities; [A, K] where a key is the anchor itself; of a share of q."
+    mine = share.rows(len(q))
     q, logits = (t if t.dtype == torch.float64 else t.float() for t in (q, logits))
     adjusted = logits + log_prior(class_counts, torch.float64).to(logits)
     with torch.autocast(q.device.type, enabled=False):
-        sim = q @ keys.to(q).T / temperature
-    itself = torch.eye(*sim.shape, dtype=torch.bool, device=q.device)
+        sim = q[mine] @ keys.to(q).T / temperature
+    place = torch.arange(len(keys), device=q.device)
+    itself = place[mine, None] == place
     return torch.cat([adjusted, sim], 1), itself
 
 def _targets(labels, key_labels, itself, C, alpha, beta, smooth, dtype=torch.float64):
@@ -84,20 +90,22 @@ def paco_loss(
     keys:torch.Tensor,        # [K, D] unit length; the first A rows are `q` itself (excluded as its own key)
     labels:torch.Tensor,      # [A] in 0..C-1
     key_labels:torch.Tensor,  # [K] in 0..C-1
-    logits:torch.Tensor,      # [A, C] of the anchors, plain: the prior is added here
+    logits:torch.Tensor,      # [A, C] of the anchors (of the share), plain: the prior is added here
     class_counts,             # [C] training images of each class, each at least 1
     alpha:float,              # target weight of a same-class key
     beta:float=1.0,           # target weight of the own class's centre
     gamma:float=1.0,          # weight of the keys in the denominator
     temperature:float=0.2,    # τ > 0, of the similarities
     smooth:float=0.0,         # part of the centre's target spread over the other classes
-) -> torch.Tensor:            # scalar, mean over all anchors
+    share:Share=Share(),      # of the anchors: theirs are the terms and `logits`; the whole in one process
+) -> torch.Tensor:            # scalar, mean over the anchors (of the share)
     "Parametric contrastive loss (Cui et al. 2021)."
     C = len(class_counts)
     _check_settings(class_counts, alpha, beta, gamma, temperature, smooth)
-    _check_batch(q, keys, labels, key_labels, logits, C)
-    joined, itself = _join(q, keys, logits, class_counts, temperature)
-    weight = _targets(labels, key_labels, itself, C, alpha, beta, smooth, joined.dtype)
+    _check_batch(q, keys, labels, key_labels, logits, C, share)
+    joined, itself = _join(q, keys, logits, class_counts, temperature, share)
+    own_labels = labels[share.rows(len(q))]
+    weight = _targets(own_labels, key_labels, itself, C, alpha, beta, smooth, joined.dtype)
     of_keys = joined.new_full(itself.shape, log(gamma)).masked_fill(itself, -torch.inf)
     log_factor = F.pad(of_keys, (C, 0))                    # 0 for the logits
     return _soft_cross_entropy(joined, weight, log_factor).mean()
@@ -106,7 +114,7 @@ def paco_loss(
 def gpaco_loss(
     z:torch.Tensor,                   # [B, V, D] unit length; every view is an anchor
     labels:torch.Tensor,              # [B] in 0..C-1
-    logits:torch.Tensor,              # [B, V, C] plain: the prior is added here
+    logits:torch.Tensor,              # [B, V, C] (of the share) plain: the prior is added here
     class_counts,                     # [C] training images of each class, each at least 1
     alpha:float,                      # target weight of a same-class key
     beta:float=1.0,                   # target weight of the own class's centre
@@ -115,9 +123,10 @@ def gpaco_loss(
     smooth:float=0.0,                 # part of the centre's target spread over the other classes
     queue:torch.Tensor=None,          # [Q, D] older keys, unit length
     queue_labels:torch.Tensor=None,   # [Q] in 0..C-1
-) -> torch.Tensor:                    # scalar, mean over all views
+    share:Share=Share(),              # of the images: theirs are the terms and `logits`
+) -> torch.Tensor:                    # scalar, mean over all views (of the share)
     "`paco_loss` with every view as an anchor (GPaCo, Cui et al. 2022)."
-    same_views = z.ndim == 3 and logits.shape[:-1] == z.shape[:2]
+    same_views = z.ndim == 3 and logits.shape[:-1] == z[share.rows(len(z))].shape[:2]
     got = f"{list(z.shape)} and {list(logits.shape)}"
     require(same_views, "`z` and `logits` must be [B, V, D] and [B, V, C]", got)
     require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
@@ -129,7 +138,7 @@ def gpaco_loss(
     if queue is not None:
         keys = torch.cat([q, queue.to(q)])
         key_labels = torch.cat([y, queue_labels.to(y)])
-    settings = alpha, beta, gamma, temperature, smooth
+    settings = alpha, beta, gamma, temperature, smooth, share
     return paco_loss(q, keys, y, key_labels, logits.flatten(0, 1), class_counts, *settings)
 
 # %% ../../nbs/35_losses.paco.ipynb #c6a3713c
@@ -149,9 +158,9 @@ class PaCoLoss(nn.Module):
         self.settings = dict(alpha=alpha, beta=beta, gamma=gamma,
                              temperature=temperature, smooth=smooth)
 
-    def forward(self, q, keys, labels, key_labels, logits): # [A, D], [K, D], [A], [K], [A, C] -> scalar
+    def forward(self, q, keys, labels, key_labels, logits, share=Share()): # as for `paco_loss` -> scalar
         batch = q, keys, labels, key_labels, logits
-        return paco_loss(*batch, self.class_counts, **self.settings)
+        return paco_loss(*batch, self.class_counts, **self.settings, share=share)
 
 # %% ../../nbs/35_losses.paco.ipynb #7d4ee0a1
 class GPaCoLoss(PaCoLoss):
@@ -162,6 +171,7 @@ class GPaCoLoss(PaCoLoss):
         logits:torch.Tensor,             # [B, V, C] plain: the prior is added here
         queue:torch.Tensor=None,         # [Q, D] older keys, unit length
         queue_labels:torch.Tensor=None,  # [Q] in 0..C-1
+        share:Share=Share(),             # of the images: theirs are the terms and `logits`
     ):
-        past = dict(queue=queue, queue_labels=queue_labels)
+        past = dict(queue=queue, queue_labels=queue_labels, share=share)
         return gpaco_loss(z, labels, logits, self.class_counts, **self.settings, **past)

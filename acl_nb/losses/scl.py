@@ -11,6 +11,7 @@ from torch import nn
 
 from ..kernels import tiled_loss
 from ..pairs import check_pairs, contrast, masked_logsumexp
+from ..processes import Share
 
 # %% ../../nbs/31_losses.scl.ipynb #faafe429
 def scl_loss_plain(
@@ -32,10 +33,11 @@ def scl_loss(
     labels:torch.Tensor,        # [B] in 0..C-1
     temperature:float=0.1,      # τ > 0
     centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
+    share:Share=Share(),        # of the anchors, as in `tiled_loss`; the whole in one process
 ) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
     "Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2)."
     batch = check_pairs(z, labels, temperature, centers)
-    return tiled_loss(*batch, temperature, aligned=False)
+    return tiled_loss(*batch, temperature, aligned=False, share=share)
 
 # %% ../../nbs/31_losses.scl.ipynb #7471413b
 class SCLLoss(nn.Module):
@@ -46,5 +48,5 @@ class SCLLoss(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, z, labels, centers=None): # [B, V, D], [B], [C, D] -> scalar
-        return scl_loss(z, labels, self.temperature, centers)
+    def forward(self, z, labels, centers=None, share=Share()): # [B, V, D], [B], [C, D] -> scalar
+        return scl_loss(z, labels, self.temperature, centers, share)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ..checks import BadInput, choose, require
 from .crops import CROP_DRAWS, crop_batch, crop_boxes, crop_image, middle
-from .draws import Draws
+from .draws import Draws, kept_on, tensor_of
 from .policies import POLICIES, Policy
 
 # %% ../../nbs/24_views.ipynb #280998c1
@@ -173,7 +173,7 @@ def _augmented(self:ViewPipeline, policy, views, images, ids, epoch):
     b, k = len(images), len(views)
     already_cut = images.ndim == 5
     start = _crop_draws(policy) if already_cut else 0
-    view = torch.tensor(views, device=ids.device).repeat(b)        # [b·k]
+    view = kept_on(ids.device, tensor_of, *views).repeat(b)        # [b·k]
     draw = Draws(ids.repeat_interleave(k), self.seed, epoch, view, start)
     x = _for_views(images, views)
     if not already_cut:
@@ -185,8 +185,8 @@ def _augmented(self:ViewPipeline, policy, views, images, ids, epoch):
 @patch
 def _write(self:ViewPipeline, x, out, views):
     "Write uint8 [b, k, C, size, size], normalised, to their places in `out` [b, V, C, size, size]."
-    mean = self.mean.to(x.device)[:, None, None]
-    std = self.std.to(x.device)[:, None, None]
+    tables = (kept_on(x.device, tensor_of, *t.tolist()) for t in (self.mean, self.std))
+    mean, std = (table[:, None, None] for table in tables)
     for view, pixels in zip(views, x.unbind(1)):
         place = out[:, view]
         values = place.copy_(pixels) if place.dtype == torch.float32 else pixels.float()

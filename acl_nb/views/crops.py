@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
+from ..products import float32_products
 from .draws import with_float64
 from .ops import in_blocks, on_some
 
@@ -119,47 +120,11 @@ def _weights(start, size, n_in, n_out):
     total = minus.sum(1, keepdim=True, dtype=torch.float64).float()
     return minus.mul_(2**16 / total).round_().mul_(2**-16)
 
-# %% ../../nbs/22_views.crops.ipynb #4adf2283
-_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-
-def _legacy_precision():
-    "By torch's older switch; None where it refuses to say, since the user has set the newer ones."
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-def _set_precision(products, value):
-    "Back to a value; to the general setting, if that says the same."
-    products.fp32_precision = "none"
-    if products.fp32_precision != value:
-        products.fp32_precision = value
-
-@contextmanager
-def _full_float32():
-    "No TF32 or bfloat16 in the products within; afterwards the user's settings again."
-    before = [products.fp32_precision for products in _PRODUCTS]
-    if not {"tf32", "bf16"} & set(before):
-        yield
-        return
-    legacy = _legacy_precision()
-    if legacy not in (None, "highest"):
-        torch.set_float32_matmul_precision("highest")       # a product asks both, and refuses a difference
-    for products in _PRODUCTS:
-        products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if legacy not in (None, "highest"):
-            torch.set_float32_matmul_precision(legacy)
-        for products, value in zip(_PRODUCTS, before):
-            _set_precision(products, value)
-
 # %% ../../nbs/22_views.crops.ipynb #bed00878
 @contextmanager
 def _exact_products(device):
     "No autocast and no coarse float32 within."
-    with _full_float32(), torch.autocast(device.type, enabled=False):
+    with float32_products(), torch.autocast(device.type, enabled=False):
         yield
 
 # %% ../../nbs/22_views.crops.ipynb #026c2dc9

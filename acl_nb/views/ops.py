@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import choose, require
-from .draws import brought_to, with_float64
+from .draws import brought_to, kept_on, with_float64
 
 # %% ../../nbs/21_views.ops.ipynb #9e2ede41
 def _each(values):
@@ -128,6 +128,13 @@ def autocontrast(
     return _look_up(images, table.to(torch.uint8))
 
 # %% ../../nbs/21_views.ops.ipynb #d9927a67
+def _count(values, n):
+    "How often each of 0..n-1 occurs; on a GPU `bincount` would wait for the values to be looked at."
+    if values.is_cpu:
+        return torch.bincount(values, minlength=n)
+    zeros = torch.zeros(n, dtype=torch.int64, device=values.device)
+    return zeros.scatter_add_(0, values.long(), torch.ones_like(values, dtype=torch.int64))
+
 def equalize(
     images:torch.Tensor,          # uint8 [n, C, H, W]
     magnitude:torch.Tensor=None,  # not used
@@ -135,7 +142,7 @@ def equalize(
     "Make the grey levels of every channel about equally frequent."
     rows = images.flatten(2).flatten(0, 1)                              # [n·C, H·W]
     offset = 256 * torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None]
-    count = torch.bincount((rows.int() + offset).view(-1), minlength=256 * len(rows))
+    count = _count((rows.int() + offset).view(-1), 256 * len(rows))
     count = with_float64(count).view(-1, 256)
     # PIL's step: the pixels below the largest value that occurs, over 255
     highest = 255 - (count > 0).flip(1).to(torch.uint8).argmax(1, keepdim=True)
@@ -267,6 +274,8 @@ def on_some(
     *others,              # more arguments [n, …]
 ) -> torch.Tensor:        # [n, C, H, W]
     "Run an operation on the chosen images; the others stay."
+    if not others and not images.is_cpu:        # cheaper than to wait for their number
+        return torch.where(_each(chosen.to(images.device)), operation(images), images)
     ids = chosen.nonzero()[:, 0]
     if len(ids) == 0:
         return images
@@ -295,8 +304,10 @@ def apply_operations(
     "Apply to each image an operation of its own."
     codes, magnitude = (brought_to(images.device, t) for t in (codes, magnitude))
     group = _group_of(codes)
-    order = group.argsort()
-    sizes = torch.bincount(group, minlength=len(_GROUPS)).tolist()
+    in_order, order = group.sort()
+    each_group = kept_on(group.device, torch.arange, len(_GROUPS))
+    ends = torch.searchsorted(in_order, each_group, right=True).tolist()
+    sizes = [end - start for start, end in zip([0, *ends], ends)]
     by_group = zip(*(t.index_select(0, order).split(sizes) for t in (images, magnitude, codes)))
     done = [_run(operation, *part) for operation, part in zip(_GROUPS, by_group) if len(part[0])]
     if not done:
