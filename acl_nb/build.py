@@ -97,6 +97,12 @@ def half_precision(
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
+def _views_dtype(device, precision):
+    "On an accelerator the views come in what the encoder would make of them first."
+    half = None if device.type == "cpu" else _DTYPES[precision]
+    return half or torch.float32
+
+
 # %% ../nbs/55_build.ipynb #bc2f7e8a
 def build_data(
     r:Recipe,      # of the run
@@ -175,13 +181,14 @@ def build_optimizer(
 
 # %% ../nbs/55_build.ipynb #4292f7bc
 def build_views(
-    r:Recipe,         # of the run
-    data:LongTailed,  # its data
-) -> tuple:           # the `ViewPipeline` of training, and the plain one of tests
+    r:Recipe,                         # of the run
+    data:LongTailed,                  # its data
+    dtype:torch.dtype=torch.float32,  # of the views of training
+) -> tuple:                           # the `ViewPipeline` of training, and the plain one of tests
     "What makes the views of an image."
     named, size = r.policy.split("+"), data.train.shape[-1]
     policies = named + named[-1:] * (r.views - len(named))
-    training = ViewPipeline(policies[:r.views], size, data.mean, data.std, r.seed)
+    training = ViewPipeline(policies[:r.views], size, data.mean, data.std, r.seed, dtype=dtype)
     return training, ViewPipeline("eval", size, data.mean, data.std, r.seed)
 
 # %% ../nbs/55_build.ipynb #4b03cf6b
@@ -269,9 +276,9 @@ def is_finite(
     return bool(sound.all())
 
 # %% ../nbs/55_build.ipynb #0ebec498
-def _build_loading(r, data, workers):
+def _build_loading(r, data, workers, dtype):
     "The fields of `Parts` from `views` to `workers`."
-    views, plain = build_views(r, data)
+    views, plain = build_views(r, data, dtype)
     train, test = cut_where_decoded(data.train, views), cut_where_decoded(data.test, plain)
     batches = EpochBatches(len(train), r.batch_size, r.seed)
     images = batches.size // world_size()
@@ -317,7 +324,8 @@ def build(
     accelerator = accelerator or start_processes()
     setup = setup or find_setup(recipe, accelerator.device)
     data = _build_data_once_per_machine(recipe, accelerator)
-    loading = _build_loading(recipe, data, workers)
+    dtype = _views_dtype(accelerator.device, setup["precision"])
+    loading = _build_loading(recipe, data, workers, dtype)
     learning = _build_learning(recipe, data, accelerator, setup["precision"])
     seed_rank(recipe.seed)
     return Parts(recipe, accelerator, setup, data, **loading, **learning)

@@ -19,7 +19,7 @@ from .build import Parts, averaged, half_precision, put_at
 from .checkpoints import Checkpoint, random_state, set_random_state
 from .checks import OneLineError, check_again, check_is_due, require
 from .loading import batches_of, cut_where_decoded, load_batches, sent_to
-from .loading import share_notes, share_of_test
+from .loading import share_notes, share_of_test, with_views
 from .metrics import evaluate_predictions
 from .networks import Network
 from .processes import Interrupts, all_gather, all_sum, copy_from_first, gather_objects
@@ -53,13 +53,13 @@ def _require_sound(off_z, off_centers, loss=0., step=None):
 # %% ../nbs/56_loop.ipynb #528d2239
 def batch_loss(
     parts:Parts,  # of the run
-    batch,        # images uint8 [b, C, H, W], labels [b], positions [b]: this process's part
+    batch,        # images uint8 [b, C, H, W], or their views; labels [b], positions [b]: this process's part
     epoch:int,    # 0, 1, …
     signs=None,   # a list: on an accelerator, signs of divergence are added instead of looked at
 ) -> tuple:       # the loss, and its terms by name
     "Loss of the batch of all processes."
-    images, labels, ids = sent_to(parts.device, *batch)
-    views = parts.views(images, ids, epoch)
+    images, labels = sent_to(parts.device, *batch[:2])
+    views = images if images.is_floating_point() else parts.views(images, batch[2], epoch)
     with parts.half(): out = parts.network(parts.keys.asking(views))
     labels = all_gather(labels)
     out = out._replace(z=all_gather(out.z))             # of all processes; the logits of this one alone
@@ -297,7 +297,7 @@ class Training(Standing):
     def steps_left(self): # the batches of each step that is left in this epoch
         self.parts.network.train()
         put_at(self.parts, self.epoch, self.batch)
-        batches = batches_of(self.parts.loader)
+        batches = with_views(batches_of(self.parts.loader), self.parts.views, self.parts.device, self.epoch)
         while group := list(islice(batches, self.parts.recipe.accumulate)): yield group
 
     def train_step(self, batches): # a list of one batch, or of `accumulate`

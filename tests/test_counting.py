@@ -25,7 +25,7 @@ from acl_nb.testing import PretendGPU, loss_and_grads, relative_error
 from acl_nb.views import ViewPipeline
 
 STEPS, BATCH, CLASSES = 40, 8, 100
-OPERATIONS = {"views": 1150, "network": 175, "loss": 90, "backward": 190, "the rest": 30}    # per step, at most
+OPERATIONS = {"views": 110, "network": 175, "loss": 90, "backward": 190, "the rest": 30}    # per step, at most
 
 class Pinned:
     "A loader whose batches lie in pinned memory, as on a machine with a GPU."
@@ -75,20 +75,23 @@ class Count:
             counter["the rest"] = total - counter.total()
         return {name: (n / STEPS, self.waits[name] / STEPS) for name, n in self.operations.items()}
 
+def all_steps(run):
+    "Of an epoch, with what makes their batches."
+    for batches in run.steps_left(): run.train_step(batches)
+
 def counted_steps(gpu, **settings):
     "Forty steps of CIFAR-100-LT's recipe, small batches: the count does not depend on their size."
     r = recipe("cifar100_lt", precision="fp32", batch_size=BATCH, epochs=1, **settings)
     data = in_memory(STEPS * BATCH)
     with mock.patch.dict(DATASETS, cifar100_lt=lambda *args, **more: data): run = on_gpu(gpu, r)
     count, parts = Count(gpu), run.parts
-    parts.views = count.of("views", parts.views)
     parts.network.forward = count.of("network", parts.network.forward)
     parts.objective.forward = count.of("loss", parts.objective.forward)
     check_again()
     gpu.places.clear()
-    with mock.patch("torch.autograd.backward", count.of("backward", torch.autograd.backward)):
-        step = count.of("step", run.train_step)
-        for batches in run.steps_left(): step(batches)
+    made, backward = count.of("views", ViewPipeline.__call__), count.of("backward", torch.autograd.backward)
+    with mock.patch.object(ViewPipeline, "__call__", made), mock.patch("torch.autograd.backward", backward):
+        count.of("step", all_steps)(run)
     assert run.step == STEPS and run.unread == []
     return count.per_step()
 
@@ -98,7 +101,7 @@ def test_a_cifar_step_waits_for_the_gpu_once_in_twenty_steps_beside_its_views():
         print(f"{name:9} {operations:7.1f} operations {waits:5.2f} synchronisations")
     beside_views = sum(waits for name, (_, waits) in found.items() if name != "views")
     assert beside_views <= 0.5, gpu.places.most_common(10)
-    assert found["views"][1] <= 7, gpu.places.most_common(10)
+    assert found["views"][1] * STEPS <= 10, gpu.places.most_common(10)      # tables are copied once
     for name, (operations, _) in found.items():
         assert operations <= OPERATIONS[name], (name, operations)
 

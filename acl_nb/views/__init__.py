@@ -84,6 +84,7 @@ class ViewPipeline:
         self.std = torch.tensor(std)
         self.seed = seed
         self.dtype = dtype
+        self.taken = {}     # draws that a policy took last time, to hash as many at once
 
     @property
     def views(self):
@@ -125,9 +126,9 @@ def _check_batch(pipeline, images):
         _check_size(name, policy, *shape[2:], S)
 
 # %% ../../nbs/24_views.ipynb #3f7a1b90
-def _positions(ids, B, device):
-    "The positions of B images as a tensor [B]."
-    ids = torch.arange(B, device=device) if ids is None else torch.as_tensor(ids, device=device)
+def _positions(ids, B):
+    "The positions of B images as a tensor [B] on the CPU."
+    ids = torch.arange(B) if ids is None else torch.as_tensor(ids).cpu()
     rule = f"`ids` must be {B} whole numbers, one for each image"
     require(ids.shape == (B,) and not ids.is_floating_point(), rule, f"{ids.dtype} {list(ids.shape)}")
     return ids
@@ -173,12 +174,14 @@ def _augmented(self:ViewPipeline, policy, views, images, ids, epoch):
     b, k = len(images), len(views)
     already_cut = images.ndim == 5
     start = _crop_draws(policy) if already_cut else 0
-    view = kept_on(ids.device, tensor_of, *views).repeat(b)        # [b·k]
-    draw = Draws(ids.repeat_interleave(k), self.seed, epoch, view, start)
+    ahead = self.taken.get(id(policy), start) - start
+    view = torch.tensor(views).repeat(b)                           # [b·k]
+    draw = Draws(ids.repeat_interleave(k), self.seed, epoch, view, start, ahead, images.device)
     x = _for_views(images, views)
     if not already_cut:
         x = _cropped(policy, x, self.size, draw)
     x = _applied(policy, x, draw)
+    self.taken[id(policy)] = draw.taken
     return x.view(b, k, *x.shape[1:])
 
 # %% ../../nbs/24_views.ipynb #d5ef44d1
@@ -187,32 +190,44 @@ def _write(self:ViewPipeline, x, out, views):
     "Write uint8 [b, k, C, size, size], normalised, to their places in `out` [b, V, C, size, size]."
     tables = (kept_on(x.device, tensor_of, *t.tolist()) for t in (self.mean, self.std))
     mean, std = (table[:, None, None] for table in tables)
+    white = kept_on(x.device, torch.tensor, 255.)       # by a plain number, CUDA would multiply with its reciprocal
     for view, pixels in zip(views, x.unbind(1)):
         place = out[:, view]
         values = place.copy_(pixels) if place.dtype == torch.float32 else pixels.float()
-        place.copy_(values.div_(255).sub_(mean).div_(std))
+        place.copy_(values.div_(white).sub_(mean).div_(std))
 
 # %% ../../nbs/24_views.ipynb #34f9c946
+def _together(device, view_bytes):
+    "How many images are done together: on a CPU about a megabyte of views, elsewhere 32."
+    megabytes = 1 if device.type == "cpu" else 32
+    return max(1, megabytes * 2**20 // max(1, view_bytes))
+
 def _parts(images, n_views):
-    "The parts of a batch that are done together, as slices: on a CPU about a megabyte of views."
+    "The parts of a batch that are done together, as slices."
     B = len(images)
-    step = max(1, B)
-    if images.device.type == "cpu" and B > 0:
-        step = max(1, 2**20 // (n_views * images[0].numel()))
+    step = _together(images.device, n_views * images[:1].numel())
     return [slice(start, min(start + step, B)) for start in range(0, B, step)]
+
+@patch
+def at_once(self:ViewPipeline,
+    device:torch.device,  # where the views are made
+) -> int:                 # at least 1
+    "The images that a call of the pipeline treats well: as many views as fit a CPU's cache, or keep a GPU busy."
+    return _together(torch.device(device), self.views * len(self.mean) * self.size**2)
+
 
 # %% ../../nbs/24_views.ipynb #ebc6f297
 @patch
 @torch.no_grad()
 def __call__(self:ViewPipeline,
     images:torch.Tensor,    # uint8 [B, C, H, W], any device; or crops [B, V, C, size, size] of `cut`
-    ids:torch.Tensor=None,  # [B] positions in the data set; default 0..B-1
+    ids:torch.Tensor=None,  # [B] positions in the data set, best on the CPU; default 0..B-1
     epoch:int=0,            # of training, from 0
 ):                          # float [B, V, C, size, size]
     "Normalised views of every image."
     _check_batch(self, images)
     B, device = len(images), images.device
-    ids = _positions(ids, B, device)
+    ids = _positions(ids, B)
     require(isinstance(epoch, int), "`epoch` must be a whole number", epoch)
     shape = (B, self.views, len(self.mean), self.size, self.size)
     out = torch.empty(shape, dtype=self.dtype, device=device)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
 from ..products import float32_products
-from .draws import with_float64
+from .draws import brought_to, on_host, with_float64
 from .ops import in_blocks, on_some
 
 # %% ../../nbs/22_views.crops.ipynb #3dc7de2c
@@ -91,9 +91,9 @@ def crop_boxes(
     W:int,                    # width of the images in pixels
     scale:tuple=(0.08, 1.0),  # smallest and largest share of the area
     ratio:tuple=(3/4, 4/3),   # smallest and largest width / height
-) -> torch.Tensor:        # float64 [B, 4] whole numbers: top, left, height, width
+) -> torch.Tensor:            # float64 [B, 4] whole numbers on the CPU: top, left, height, width
     "A random box for each image."
-    u = with_float64(draw(CROP_DRAWS)).double()
+    u = on_host(draw, CROP_DRAWS).double()
     height = torch.full_like(u[:, :1], H)                               # [B, 1]
     width = torch.full_like(u[:, :1], W)
     h, w = _tries(u[:, :20], height, width, scale, ratio)               # [B, 10]
@@ -109,7 +109,8 @@ def crop_boxes(
 def _weights(start, size, n_in, n_out):
     "[B, n_in, n_out] share of each input pixel in each output pixel, from the box's start and size [B]."
     device = start.device
-    step = (size / n_out)[:, None, None]                                # [B, 1, 1]
+    # by a plain number, CUDA would multiply with its reciprocal: another last bit
+    step = (size / size.new_full((), n_out))[:, None, None]             # [B, 1, 1]
     reach = step.clamp_min(1)                                           # of the triangle, in input pixels
     pixel = (torch.arange(n_in, device=device) + 0.5)[:, None]
     pixel = pixel - start[:, None, None]                                # [B, n_in, 1] from the box's edge
@@ -144,16 +145,17 @@ def _resample(images, columns, rows):
 # %% ../../nbs/22_views.crops.ipynb #2530d2b1
 def crop_batch(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    boxes:torch.Tensor,   # [B, 4] top, left, height, width
+    boxes:torch.Tensor,   # [B, 4] top, left, height, width; on any device
     size:int,             # height and width of the result, in pixels
 ) -> torch.Tensor:        # uint8 [B, C, size, size]
     "Cut a box out of each image and scale it to a square (bilinear, antialiased)."
     def _cut(x, box):
         H, W = x.shape[2:]
-        top, left, h, w = box.float().unbind(1)
+        top, left, h, w = box.unbind(1)
         return _resample(x, _weights(left, w, W, size), _weights(top, h, H, size))
 
-    return in_blocks(_cut, images, with_float64(boxes))
+    boxes = with_float64(brought_to(images.device, boxes.float()))
+    return in_blocks(_cut, images, boxes)
 
 # %% ../../nbs/22_views.crops.ipynb #176f7952
 def crop_image(
@@ -180,18 +182,18 @@ def middle(
     return center_crop(resize(image, [round(size / share)], antialias=True), [size, size])
 
 # %% ../../nbs/22_views.crops.ipynb #986cddee
-def _gaussian(sigma, n, radius):
-    "[B, n, n] weights of a blur along one axis; sigma [B] in pixels."
+def _gaussian(sigma, n, radius, device):
+    "[B, n, n] weights of a blur along one axis; sigma [B] in pixels, on the CPU."
     B = len(sigma)
     radius = min(radius, n - 1)
-    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    offset = torch.arange(-radius, radius + 1)
     kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()              # [B, 2·radius+1]
     kernel = (kernel * 2**16 / kernel.sum(1, keepdim=True)).round_().mul_(2**-16)
-    looked_at = torch.arange(n, device=sigma.device) + offset[:, None]  # [2·radius+1, n]
+    looked_at = torch.arange(n) + offset[:, None]                       # [2·radius+1, n]
     mirrored = n - 1 - (n - 1 - looked_at.abs()).abs()                  # in 0..n-1
-    weights = sigma.new_zeros(B, n, n)
-    weights.scatter_add_(1, mirrored.expand(B, -1, -1), kernel[:, :, None].expand(-1, -1, n))
-    return weights.float()
+    kernel, mirrored = brought_to(device, kernel.float()), brought_to(device, mirrored)
+    weights = kernel.new_zeros(B, n, n)                                 # sums of 65536ths: exact
+    return weights.scatter_add_(1, mirrored.expand(B, -1, -1), kernel[:, :, None].expand(-1, -1, n))
 
 # %% ../../nbs/22_views.crops.ipynb #4294cb3c
 def random_blur(
@@ -207,8 +209,9 @@ def random_blur(
 
     def _blurred(x, widths):
         H, W = x.shape[2:]
-        return _resample(x, _gaussian(widths, W, radius), _gaussian(widths, H, radius))
+        columns, rows = (_gaussian(widths, n, radius, x.device) for n in (W, H))
+        return _resample(x, columns, rows)
 
-    u = with_float64(draw(2)).double()
+    u = on_host(draw, 2).double()
     widths = narrowest + (widest - narrowest) * u[:, 1]
-    return on_some(_blurred, images, (u[:, 0] < p).to(images.device), widths)
+    return on_some(_blurred, images, u[:, 0] < p, widths)

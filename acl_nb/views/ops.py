@@ -143,12 +143,12 @@ def equalize(
     rows = images.flatten(2).flatten(0, 1)                              # [n·C, H·W]
     offset = 256 * torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None]
     count = _count((rows.int() + offset).view(-1), 256 * len(rows))
-    count = with_float64(count).view(-1, 256)
+    count = count.view(-1, 256)
     # PIL's step: the pixels below the largest value that occurs, over 255
     highest = 255 - (count > 0).flip(1).to(torch.uint8).argmax(1, keepdim=True)
     step = (rows.shape[1] - count.gather(1, highest)) // 255
     below = count.cumsum(1) - count
-    table = ((step // 2 + below) / step.clamp_min(1).double()).floor_().clamp_(0, 255)
+    table = ((step // 2 + below) // step.clamp_min(1)).clamp_(0, 255)
     return _look_up(images, torch.where(step > 0, table, _levels(table.device)).to(torch.uint8))
 
 # %% ../../nbs/21_views.ops.ipynb #2d793bac
@@ -156,10 +156,9 @@ GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 def _matrices(kind, magnitude, H, W):
     "[6, n] rows a b c d e f; `kind` [n] is a position in GEOMETRIC."
-    # in float64: cosines then agree to the last bit of float32 everywhere
-    magnitude = with_float64(magnitude).double()
-    kind = kind.to(magnitude.device)
-    is_kind = torch.arange(5, device=kind.device)[:, None] == kind      # [5, n]
+    # on the CPU and in float64: cosines are then the same everywhere
+    magnitude = magnitude.cpu().double()
+    is_kind = torch.arange(5)[:, None] == kind.cpu()                    # [5, n]
     shear_x, shear_y, right, down, turn = is_kind * magnitude
     angle = turn.mul_(-torch.pi / 180)
     cos = angle.cos()
@@ -188,7 +187,7 @@ def geometric(
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Shear, move or turn each image, by nearest neighbour; grey (128) where nothing was."
     matrices = _matrices(kind, magnitude, *images.shape[2:])
-    return _warp(images, matrices.to(images.device))
+    return _warp(images, brought_to(images.device, matrices))
 
 # %% ../../nbs/21_views.ops.ipynb #9b3c6c22
 def _hue_and_range(f):
@@ -214,7 +213,8 @@ def hue(
     out = images.float()
     h, c, low, high = _hue_and_range(out)
     h.add_(6 * magnitude.view(-1, 1, 1))
-    h.sub_((h / 6).floor_(), alpha=6)                                   # back into 0..6
+    six = h.new_full((), 6)             # by a plain number, CUDA would multiply with its reciprocal
+    h.sub_((h / six).floor_(), alpha=6)                                 # back into 0..6
     for k, middle in enumerate((3, 2, 4)):
         torch.sub(h, middle, out=out[:, k])
     out.abs_().clamp_(1, 2).mul_(c[:, None])                            # c·d
@@ -258,28 +258,28 @@ def in_blocks(
 # %% ../../nbs/21_views.ops.ipynb #b7f42c81
 def replaced(
     images:torch.Tensor,  # [n, C, H, W]
-    ids,                  # [k] positions
+    ids:torch.Tensor,     # int64 [k] positions, on any device
     new:torch.Tensor,     # [k, C, H, W]
 ) -> torch.Tensor:        # [n, C, H, W]
     "The batch with some images replaced."
-    source = torch.arange(len(images), device=images.device)
-    source[ids] = torch.arange(len(images), len(images) + len(new), device=images.device)
-    return torch.cat([images, new]).index_select(0, source)
+    source = torch.arange(len(images), device=ids.device)
+    source[ids] = torch.arange(len(images), len(images) + len(new), device=ids.device)
+    return torch.cat([images, new]).index_select(0, brought_to(images.device, source))
 
 # %% ../../nbs/21_views.ops.ipynb #befc2ca2
 def on_some(
     operation,            # function (images, …) -> images
     images:torch.Tensor,  # [n, C, H, W]
-    chosen:torch.Tensor,  # bool [n]
+    chosen:torch.Tensor,  # bool [n], on any device
     *others,              # more arguments [n, …]
 ) -> torch.Tensor:        # [n, C, H, W]
     "Run an operation on the chosen images; the others stay."
     if not others and not images.is_cpu:        # cheaper than to wait for their number
-        return torch.where(_each(chosen.to(images.device)), operation(images), images)
+        return torch.where(_each(brought_to(images.device, chosen)), operation(images), images)
     ids = chosen.nonzero()[:, 0]
     if len(ids) == 0:
         return images
-    taken = [t.index_select(0, ids.to(t.device)) for t in (images, *others)]
+    taken = [t.index_select(0, brought_to(t.device, ids)) for t in (images, *others)]
     done = in_blocks(operation, *taken)
     return replaced(images, ids, done)
 
@@ -288,33 +288,36 @@ def _group_of(codes):
     "[n] position in _GROUPS of each image's operation."
     return torch.where(codes < 0, 0, (codes - len(GEOMETRIC)).clamp_min(-1) + 2)
 
-def _run(operation, images, magnitude, codes):
+def _run(operation, images, there, magnitude, codes):
+    "`there` [n] is the magnitude on the images' device."
     if operation is None:
         return images
     if operation is geometric:
         return in_blocks(operation, images, magnitude, codes)
-    return in_blocks(operation, images, magnitude)
+    return in_blocks(operation, images, there)
 
 # %% ../../nbs/21_views.ops.ipynb #a112b788
 def apply_operations(
     images:torch.Tensor,     # uint8 [n, C, H, W]
-    codes:torch.Tensor,      # int64 [n], a value of `CODES`, or -1: unchanged
-    magnitude:torch.Tensor,  # [n], as the operation wants it
+    codes:torch.Tensor,      # int64 [n], a value of `CODES`, or -1: unchanged; best on the CPU
+    magnitude:torch.Tensor,  # [n], as the operation wants it; likewise
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Apply to each image an operation of its own."
-    codes, magnitude = (brought_to(images.device, t) for t in (codes, magnitude))
-    group = _group_of(codes)
-    in_order, order = group.sort()
-    each_group = kept_on(group.device, torch.arange, len(_GROUPS))
+    device, codes, magnitude = images.device, codes.cpu(), magnitude.cpu()
+    in_order, order = _group_of(codes).sort()
+    each_group = kept_on(order.device, torch.arange, len(_GROUPS))
     ends = torch.searchsorted(in_order, each_group, right=True).tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends)]
-    by_group = zip(*(t.index_select(0, order).split(sizes) for t in (images, magnitude, codes)))
+    images = images.index_select(0, brought_to(device, order))
+    codes, magnitude = codes.index_select(0, order), magnitude.index_select(0, order)
+    there = brought_to(device, magnitude)
+    by_group = zip(*(t.split(sizes) for t in (images, there, magnitude, codes)))
     done = [_run(operation, *part) for operation, part in zip(_GROUPS, by_group) if len(part[0])]
     if not done:
         return images
     back = torch.empty_like(order)
-    back.scatter_(0, order, torch.arange(len(order), device=order.device))
-    return torch.cat(done).index_select(0, back)
+    back.scatter_(0, order, torch.arange(len(order)))
+    return torch.cat(done).index_select(0, brought_to(device, back))
 
 # %% ../../nbs/21_views.ops.ipynb #ad95d54a
 def compile_operations(

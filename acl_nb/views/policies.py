@@ -15,7 +15,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment
 
 from ..checks import require
 from .crops import random_blur, random_erase, random_flip, random_shift
-from .draws import kept_on, tensor_of, with_float64
+from .draws import kept_on, on_host, tensor_of
 from .ops import CODES, apply_operations, grey, on_some
 
 # %% ../../nbs/23_views.policies.ipynb #88f2ca27
@@ -23,9 +23,9 @@ _JITTERED = tuple(CODES[name] for name in ("Brightness", "Contrast", "Color", "H
 
 def _jitter(draw, largest, p):
     "Codes and magnitudes [B, 4] in the order in which they are applied; `largest` [4] changes."
-    order = draw(4).argsort(1)
-    change = (draw(4) * 2 - 1) * largest
-    chosen = draw(1) < p
+    order = on_host(draw, 4).argsort(1)
+    change = (on_host(draw, 4) * 2 - 1) * largest
+    chosen = on_host(draw, 1) < p
     codes = kept_on(order.device, tensor_of, *_JITTERED)
     codes = torch.where(chosen & (largest > 0), codes, -1)      # a magnitude of 0 is no operation
     return codes.gather(1, order), change.gather(1, order)
@@ -41,7 +41,7 @@ def color_jitter(
     p:float=0.8,           # probability that an image is changed at all
 ) -> torch.Tensor:         # uint8 [B, C, H, W]
     "Change brightness, contrast, colour and hue in random order (Howard 2013; Chen et al. 2020)."
-    largest = kept_on(images.device, tensor_of, brightness, contrast, color, hue)
+    largest = torch.tensor([brightness, contrast, color, hue])
     codes, magnitudes = _jitter(draw, largest, p)
     for k in range(4):
         images = apply_operations(images, codes[:, k], magnitudes[:, k])
@@ -77,7 +77,7 @@ def _pairs(H, W):
 # %% ../../nbs/23_views.policies.ipynb #c43d06e8
 def _auto(draw, H, W):
     "Codes and magnitudes [B, 2]."
-    u = with_float64(draw(5))
+    u = on_host(draw, 5)
     pair = (u[:, 0] * 25).long()
     table = kept_on(u.device, _pairs, H, W)
     code, p, magnitude, signed = (column[pair] for column in table)     # each [B, 2]
@@ -109,7 +109,7 @@ def _space(H, W, m, bins):
 # %% ../../nbs/23_views.policies.ipynb #f1db4b13
 def _rand(draw, H, W, n, m, bins):
     "Codes and magnitudes [B, n]."
-    u = with_float64(draw(2 * n))
+    u = on_host(draw, 2 * n)
     which = (u[:, :n] * 14).long()
     table = kept_on(u.device, _space, H, W, m, bins)
     code, magnitude, signed = (column[which] for column in table)       # each [B, n]

@@ -85,7 +85,7 @@ def run_batch(
     seed:int=0,          # of the choice of images
 ) -> Batch:
     "A batch of a run's own embeddings."
-    settings = replace(Recipe(**run.recipe), compile=False, sync_bn=False)
+    settings = replace(Recipe(**run.recipe), compile=False, sync_bn=False, precision="fp32")
     if views is not None: settings = replace(settings, views=views)
     with _same_draws():
         parts = build(settings, workers=0)
