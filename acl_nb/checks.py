@@ -13,8 +13,6 @@ import subprocess
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
 import acl_nb
 
 # %% ../nbs/00_checks.ipynb #f7919534
@@ -55,9 +53,10 @@ _CHECKED = set()     # on an accelerator: (check, shapes)
 
 def check_is_due(
     check:str,              # its name, one for each rule
-    *tensors:torch.Tensor,  # whose values it reads
+    *tensors,               # whose values it reads
 ) -> bool:
     "Are values to be checked now? On a CPU always, elsewhere once per shape, never in a graph."
+    import torch                        # here: a command that only completes its arguments needs none
     if torch.compiler.is_compiling(): return False
     if all(t.is_cpu for t in tensors): return True
     when = os.environ.get("ACL_NB_CHECKS", "first")
