@@ -19,8 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .checks import require
-from .datasets import DATASETS, LongTailed
-from .encoders import freeze_early, load_pretrained
+from .datasets import DATASETS, LongTailed, facts_of
+from .encoders import load_pretrained, load_weights
+from .finetuning import add_lora, checkpoint_activations, fitted_to, freeze, make_optimizer
+from .finetuning import parameter_groups, side_of_input, wanted_statistics
 from .loading import EpochBatches, count_workers, cut_where_decoded
 from .loading import load_batches, share_of_test
 from .losses import Objective, class_balanced_weights, loss_traits
@@ -28,7 +30,7 @@ from .keys import EncoderKeys, KeySource, QueueKeys
 from .networks import Network
 from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
-from .views import ViewPipeline
+from .views import POLICIES, Policy, ViewPipeline
 
 # %% ../nbs/55_build.ipynb #4a505330
 def _whole(name):
@@ -108,15 +110,18 @@ def build_data(
     r:Recipe,      # of the run
 ) -> LongTailed:
     "The data set of a recipe; downloads it where its builder does."
-    left_open = ("split", "size", "on_error", "background", "class_seed")
+    left_open = ("split", "on_error", "background", "class_seed")
     chosen = {field: getattr(r, field) for field in left_open if getattr(r, field) is not None}
+    known = wanted_statistics(r)
+    size = r.size or known and known.size
+    if size and "size" in facts_of(r.dataset).reads: chosen["size"] = size
     data = DATASETS[r.dataset](r.data, r.imbalance, r.kind, r.subset_seed, r.n_max, **chosen)
     found = len(data.classes)
     require(found >= 2, "a data set must have at least two classes", f"one, {data.classes[0]}")
     require(len(data.test) > 0, "a data set must have at least one image to test on", "none")
     rule = f"`classes` must be the number of classes in the data, {found}"
     require(r.classes in (None, found), rule, r.classes)
-    return data
+    return fitted_to(known, data)
 
 # %% ../nbs/55_build.ipynb #f2841e64
 def _build_data_once_per_machine(r, accelerator):
@@ -137,10 +142,14 @@ def build_network(
     torch.manual_seed(r.seed)
     as_the_loss = 1 / r.temperature      # so are centres compared
     scale = r.scale if r.readout == "classifier" else as_the_loss
+    side = side_of_input(r, data.train.shape[-1])
     network = Network(len(data.classes), len(data.mean), r.encoder, r.dim, r.hidden,
-                      r.classifier, scale, r.centers, r.readout)
-    if r.pretrained: load_pretrained(network.encoder, r.encoder)
-    if r.freeze: freeze_early(network.encoder)
+                      r.classifier, scale, r.centers, r.readout, side, r.drop_path)
+    if r.pretrained: load_pretrained(network.encoder, r.encoder, side)
+    if r.weights: load_weights(network.encoder, r.weights)
+    freeze(network.encoder, r.freeze)
+    if r.lora: add_lora(network.encoder, r.lora)
+    if r.checkpointing: checkpoint_activations(network.encoder)
     if r.sync_bn: network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(memory_format=torch.channels_last) if r.channels_last else network
 
@@ -174,10 +183,9 @@ def build_optimizer(
     r:Recipe,         # of the run
     network:Network,  # on its device
 ) -> torch.optim.Optimizer:
-    "SGD over all weights; those without a gradient stay."
-    weights = list(network.parameters())
-    fused = all(p.device.type in ("cpu", "cuda") for p in weights)
-    return torch.optim.SGD(weights, r.lr, r.momentum, weight_decay=r.weight_decay, fused=fused)
+    "The optimiser of a recipe, over all weights; those without a gradient stay."
+    groups = parameter_groups(network, r.weight_decay, r.decay, r.layer_decay, r.encoder_lr)
+    return make_optimizer(r.optimizer, groups, r.lr, r.momentum)
 
 # %% ../nbs/55_build.ipynb #4292f7bc
 def build_views(
@@ -188,8 +196,10 @@ def build_views(
     "What makes the views of an image."
     named, size = r.policy.split("+"), data.train.shape[-1]
     policies = named + named[-1:] * (r.views - len(named))
-    training = ViewPipeline(policies[:r.views], size, data.mean, data.std, r.seed, dtype=dtype)
-    return training, ViewPipeline("eval", size, data.mean, data.std, r.seed)
+    known = dict(mean=data.mean, std=data.std, seed=r.seed, interpolation=data.interpolation)
+    training = ViewPipeline(policies[:r.views], size, dtype=dtype, **known)
+    test = "eval" if data.share == POLICIES["eval"].crop else Policy({}, data.share)
+    return training, ViewPipeline(test, size, **known)
 
 # %% ../nbs/55_build.ipynb #4b03cf6b
 def build_keys(

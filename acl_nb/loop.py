@@ -296,13 +296,14 @@ class Training(Standing):
     "A run under way."
     def steps_left(self): # the batches of each step that is left in this epoch
         self.parts.network.train()
+        if self.parts.recipe.freeze == "all": self.parts.bare.encoder.eval()     # its statistics stay, too
         put_at(self.parts, self.epoch, self.batch)
         batches = with_views(batches_of(self.parts.loader), self.parts.views, self.parts.device, self.epoch)
         while group := list(islice(batches, self.parts.recipe.accumulate)): yield group
 
     def train_step(self, batches): # a list of one batch, or of `accumulate`
         p = self.parts
-        for group in p.optimizer.param_groups: group["lr"] = p.lr(self.step)
+        for group in p.optimizer.param_groups: group["lr"] = p.lr(self.step) * group.get("lr_scale", 1)
         signs = []
         means = gradients(p, batches, self.epoch, signs)
         self.tell("after_backward")

@@ -54,7 +54,7 @@ def describe_model(
     known = data.describe()
     return ModelFacts(
         size=data.train.shape[-1], mean=list(data.mean), std=list(data.std),
-        share=POLICIES["eval"].crop if files else 1.0,
+        share=data.share if files else 1.0, interpolation=f"{data.interpolation}, antialiased",
         background=getattr(data.train, "background", "white"),
         classes=[str(name) for name in data.classes], counts=data.counts.tolist(),
         loss=recipe["loss"], tau=recipe["tau"],
@@ -92,7 +92,8 @@ class Preprocess:
         if is_path: whole = read_image(user_path(image), background=self.facts.background)
         else: whole, _ = picture_pixels(image, "an image", self.facts.background)
         fitting, changed = _fit_channels(whole, self.channels)
-        return middle(fitting, self.facts.size, self.facts.share), changed
+        how = self.facts.interpolation.split(",")[0]
+        return middle(fitting, self.facts.size, self.facts.share, how), changed
 
     def __call__(self,
         images,  # one image, or a list of them

@@ -69,7 +69,7 @@ _INAT = dict(dataset="inaturalist18", classes=8142, encoder="resnet50", test_eve
 RECIPES |= {
     "places_lt_resnet152": dict(
         _PACO, dataset="places_lt", classes=365, split="test", policy="imagenet_sim",
-        encoder="resnet152", pretrained=True, freeze=True, epochs=30, warmup=5/30, test_every=10),
+        encoder="resnet152", pretrained=True, freeze="early", epochs=30, warmup=5/30, test_every=10),
     "inaturalist18_resnet50_100": dict(_BCL | _INAT, epochs=100, lr=0.2, weight_decay=1e-4),
     "inaturalist18_resnet50_400": dict(_PACO | _INAT, weight_decay=1e-4),
     "imagenet_resnet50": dict(_PACO, dataset="imagenet", classes=1000, encoder="resnet50",

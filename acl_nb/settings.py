@@ -16,6 +16,7 @@ from .checks import choose, require
 from .counts import KINDS
 from .datasets import DATASETS, facts_of
 from .encoders import find_encoder
+from .finetuning import CLASSIFIER_INIT, DECAY, FREEZE, OPTIMIZERS, STATISTICS, check_finetuning
 from .losses import LOSSES, loss_traits, losses_that
 from .networks import CENTERS, CLASSIFIERS, READOUTS
 from .pairs import NEGATIVES
@@ -96,6 +97,20 @@ def known_policies(
     for part in value.split("+"):
         choose(part, POLICIES, name)
 
+def share_of_one(
+    value,  # a number to be judged
+    name,   # of the field, for the message
+):
+    "A share: above 0 and at most 1."
+    require(0 < value <= 1, f"`{name}` must be above 0 and at most 1", value)
+
+def known_optimizer(
+    value,  # sgd, adamw, or timm/NAME
+    name,   # of the field, for the message
+):
+    "One of ours, or one of timm's, which is looked up when it is made."
+    if not value.startswith("timm/"): choose(value, dict.fromkeys(OPTIMIZERS), name)
+
 def known_encoder(
     value,  # a key of `ENCODERS`, or timm/NAME
     name,   # of the field; the message says "encoder" anyway
@@ -122,7 +137,7 @@ class DataSettings:
     data: str | None = setting(None)                     # folder of the data set's files
     classes: int | None = setting(None, at_least(1))     # that the data must have; None: any
     split: str | None = setting(None)                    # tested on: test | val; None: as usual
-    size: int | None = setting(None, at_least(1))        # side of a view, pixels; None: the data's
+    size: int | None = setting(None, at_least(1))        # side of what the encoder sees, pixels; None: usual
     on_error: str | None = setting(None, one_of(("raise", "skip")))  # at a bad image; None: raise
     background: str | None = setting(None)               # below what is transparent; None: white
     imbalance: float | str = setting(20.0, at_least(1, _RATIO))  # largest / smallest; as_is: uncut
@@ -139,7 +154,13 @@ class NetworkSettings:
     "What is trained."
     encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, or timm/NAME
     pretrained: bool = setting(False)                         # start from published weights
-    freeze: bool = setting(False)                             # convolutions before the last block
+    weights: str | None = setting(None)                       # start from this file; None: no file
+    statistics: str = setting("auto", one_of(STATISTICS))     # mean and std: auto | encoder | data
+    freeze: str = setting("none", one_of(FREEZE))             # none | early | all | but_norms
+    lora: int = setting(0, at_least(0))                       # rank of corrections; 0: none
+    drop_path: float = setting(0.0, below_one)                # share of a block's results left out
+    checkpointing: bool = setting(False)                      # activations computed twice
+    classifier_init: str = setting("random", one_of(CLASSIFIER_INIT))  # random | means
     dim: int = setting(64, at_least(1))                       # D, of the embeddings
     hidden: int = setting(128, at_least(1))                   # of the projection's hidden layer
     classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine
@@ -186,8 +207,17 @@ def _converted(value, kind):
 # %% ../nbs/50_settings.ipynb #8ff83f3f
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
+_FORMER = {"freeze": {"true": "early", "false": "none"}}     # words of earlier recipes
+
+def in_todays_words(
+    settings:dict,  # field -> value, of a recipe of any version
+) -> dict:          # the same, as a recipe of this version has it
+    "Values that had another name once."
+    return {name: _FORMER.get(name, {}).get(str(value).lower(), value) for name, value in settings.items()}
+
 def _checked(f, value):
     "The value of a field, converted to its type; `BadInput` where it breaks the field's rule."
+    value = in_todays_words({f.name: value})[f.name]
     kind, *others = get_args(f.type) or [f.type]
     if NoneType in others and value in (None, "none"):
         return None
@@ -206,7 +236,7 @@ def _checked(f, value):
 def _check_data(r):
     "Rules between a data set and its settings, from the data sets' one table."
     facts = facts_of(r.dataset)
-    for name in ("split", "size", "on_error", "background", "class_seed"):
+    for name in ("split", "on_error", "background", "class_seed"):
         value = getattr(r, name)
         fits = value is None or name in facts.reads
         require(fits, f"`{name}` must be none: {r.dataset} leaves no choice of it", value)
@@ -258,6 +288,7 @@ def _check_together(r):
     _check_keys(r, traits)
     _check_centers(r, traits)
     _check_needs(r, traits)
+    check_finetuning(r)
 
 # %% ../nbs/50_settings.ipynb #04072b9f
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -267,9 +298,13 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
     "All settings of a run; checked when made, never changed after."
     epochs: int = setting(30, at_least(1))                 # passes over the training images
     batch_size: int = setting(64, at_least(2))             # images with V views, over all processes
-    lr: float = setting(0.1, above_zero)                   # peak learning rate of SGD
-    momentum: float = setting(0.9, below_one)              # of SGD
-    weight_decay: float = setting(5e-4, at_least(0))       # of SGD
+    optimizer: str = setting("sgd", known_optimizer)       # sgd | adamw | timm/NAME
+    lr: float = setting(0.1, above_zero)                   # peak learning rate
+    momentum: float = setting(0.9, below_one)              # of SGD; β₁ of AdamW
+    weight_decay: float = setting(5e-4, at_least(0))       # of what decays
+    decay: str = setting("all", one_of(DECAY))             # all | weights: no norms, biases, centres
+    layer_decay: float | None = setting(None, share_of_one)  # of the rate from layer to layer; None: no
+    encoder_lr: float = setting(1.0, above_zero)           # the encoder's rate in units of the heads'
     schedule: str = setting("cosine", one_of(SCHEDULES))   # cosine | steps | constant
     warmup: float = setting(0.05, below_one)               # share of the run with a rising rate
     seed: int = setting(0, seed_number)                    # of initial weights, batches and views

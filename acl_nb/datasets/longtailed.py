@@ -72,6 +72,8 @@ class LongTailed:
     std: tuple           # of each channel
     split: str = "test"  # which part of the published data `test` is
     notes: dict = field(default_factory=dict)  # what else the record should say
+    share: float = 0.875             # of the shorter side of a photograph that a test looks at
+    interpolation: str = "bilinear"  # of photographs' pixels when they are scaled: bilinear | bicubic
 
     @property
     def counts(self): # int64[C], training images of each class

@@ -19,7 +19,7 @@ from ..loop import Diverged
 from ..probes import Probe
 from ..recipes import read_json
 from ..records import Run, write_text
-from ..settings import Recipe
+from ..settings import Recipe, in_todays_words
 from ..trainer import fit
 
 # %% ../../nbs/80_studies.results.ipynb #4519c56a
@@ -82,7 +82,7 @@ def identity(
     after:list=None, # strengths of post-hoc adjustment, if it is measured
 ) -> str:            # eight hexadecimal digits
     "The same for runs that are the same."
-    asked = [{**settings_of(Recipe()), **settings}, probe]
+    asked = [{**settings_of(Recipe()), **in_todays_words(settings)}, probe]
     return _mark([*asked, after] if after else asked)
 
 def run_identity(

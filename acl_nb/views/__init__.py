@@ -71,6 +71,7 @@ class ViewPipeline:
         seed:int=0,           # of all draws
         views:int=None,       # V, when one policy serves all; default: one per policy
         dtype=torch.float32,  # of the result: float32 | float16 | bfloat16
+        interpolation:str="bilinear",  # of photographs that `cut` scales: bilinear | bicubic
     ):
         policies = _one_per_view(policies, views)
         _check_settings(size, mean, std, dtype)
@@ -84,6 +85,7 @@ class ViewPipeline:
         self.std = torch.tensor(std)
         self.seed = seed
         self.dtype = dtype
+        self.interpolation = interpolation
         self.taken = {}     # draws that a policy took last time, to hash as many at once
 
     @property
@@ -239,12 +241,12 @@ def __call__(self:ViewPipeline,
     return out
 
 # %% ../../nbs/24_views.ipynb #d618990e
-def _cut(policy, image, size, draw):
+def _cut(policy, image, size, draw, how):
     "The crop uint8 [C, size, size] of one image [C, H, W] of any size."
     if not isinstance(policy.crop, tuple):
-        return middle(image, size, policy.crop or 1.0)
+        return middle(image, size, policy.crop or 1.0, how)
     box = crop_boxes(draw, *image.shape[1:], policy.crop)[0]
-    return crop_image(image, box.tolist(), size)
+    return crop_image(image, box.tolist(), size, how)
 
 # %% ../../nbs/24_views.ipynb #2706212f
 @patch
@@ -260,5 +262,5 @@ def cut(self:ViewPipeline,
     draw = Draws(torch.full((V,), i), self.seed, epoch, torch.arange(V))
     crops = []
     for policy, u in zip(self.policies, draw(CROP_DRAWS)):         # u: [22], of one view
-        crops.append(_cut(policy, image, self.size, lambda n: u[None]))
+        crops.append(_cut(policy, image, self.size, lambda n: u[None], self.interpolation))
     return torch.stack(crops)

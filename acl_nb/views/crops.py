@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
@@ -162,16 +163,19 @@ def crop_image(
     image:torch.Tensor,  # uint8 [C, H, W]
     box,                 # 4 whole numbers: top, left, height, width
     size:int,            # height and width of the result, in pixels
+    how:str="bilinear",  # bilinear | bicubic
 ) -> torch.Tensor:       # uint8 [C, size, size]
-    "Cut a box out of one image and scale it to a square (bilinear, antialiased)."
+    "Cut a box out of one image and scale it to a square (antialiased)."
     top, left, h, w = (int(v) for v in box)
-    return resize(image[:, top:top + h, left:left + w], [size, size], antialias=True)
+    box = image[:, top:top + h, left:left + w]
+    return resize(box, [size, size], InterpolationMode(how), antialias=True)
 
 # %% ../../nbs/22_views.crops.ipynb #bd4d2851
 def middle(
     image:torch.Tensor,  # uint8 […, C, H, W]
     size:int,            # height and width of the result, in pixels
     share:float=1.0,     # of the shorter side that is kept; 224 of 256 is 0.875
+    how:str="bilinear",  # bilinear | bicubic
 ) -> torch.Tensor:       # uint8 […, C, size, size]
     """Scale the shorter side to `size` / `share` and cut out the middle.
 
@@ -179,7 +183,8 @@ def middle(
     """
     if image.shape[-2:] == (size, size):
         return image
-    return center_crop(resize(image, [round(size / share)], antialias=True), [size, size])
+    larger = resize(image, [round(size / share)], InterpolationMode(how), antialias=True)
+    return center_crop(larger, [size, size])
 
 # %% ../../nbs/22_views.crops.ipynb #986cddee
 def _gaussian(sigma, n, radius, device):
