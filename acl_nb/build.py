@@ -121,7 +121,7 @@ def build_data(
     require(len(data.test) > 0, "a data set must have at least one image to test on", "none")
     rule = f"`classes` must be the number of classes in the data, {found}"
     require(r.classes in (None, found), rule, r.classes)
-    return fitted_to(known, data)
+    return fitted_to(r, data)
 
 # %% ../nbs/55_build.ipynb #f2841e64
 def _build_data_once_per_machine(r, accelerator):
@@ -146,7 +146,7 @@ def build_network(
     network = Network(len(data.classes), len(data.mean), r.encoder, r.dim, r.hidden,
                       r.classifier, scale, r.centers, r.readout, side, r.drop_path)
     if r.pretrained: load_pretrained(network.encoder, r.encoder, side)
-    if r.weights: load_weights(network.encoder, r.weights)
+    if r.encoder_weights: load_weights(network.encoder, r.encoder_weights)
     freeze(network.encoder, r.freeze)
     if r.lora: add_lora(network.encoder, r.lora)
     if r.checkpointing: checkpoint_activations(network.encoder)

@@ -194,8 +194,8 @@ def load_pretrained(
     "Give an encoder its published weights; fetches them where this machine does not have them yet."
     rule = "`pretrained` weights are those of torchvision's and timm's encoders"
     require(has_published_weights(name), rule, name)
-    first = next(net.parameters())
-    require(first.shape[1:2] == (3,), "`pretrained` weights are for images with 3 channels", first.shape[1])
+    channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
+    require(channels == 3, "`pretrained` weights are for images with 3 channels", channels)
     net.load_state_dict(_weights_of(name, size))
 
 # %% ../nbs/40_encoders.ipynb #7f17222c
@@ -209,9 +209,9 @@ def _tensors_in(path):
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         reason = " ".join(str(e).split())[:120]
-        raise BadInput(f"`weights` must be a file of tensors, {path} is none that can be read: {reason}") from None
+        raise BadInput(f"`encoder_weights` must be a file of tensors, {path} is none that can be read: {reason}") from None
     for key in _WRAPPED: found = found.get(key, found) if isinstance(found, dict) else found
-    require(isinstance(found, dict), "`weights` must be a file of tensors by name", type(found).__name__)
+    require(isinstance(found, dict), "`encoder_weights` must be a file of tensors by name", type(found).__name__)
     return {k: v for k, v in found.items() if torch.is_tensor(v)}
 
 def _without_prefix(tensors, wanted):
@@ -232,6 +232,6 @@ def load_weights(
     kept = {k: v for k, v in found.items() if k in wanted or not k.startswith(_OTHER_HEADS)}
     unfit = [k for k, v in wanted.items() if k not in kept or kept[k].shape != v.shape]
     unfit += [k for k in kept if k not in wanted]
-    rule = f"`weights` must be those of the encoder, {path} has others"
+    rule = f"`encoder_weights` must be those of the encoder, {path} has others"
     require(not unfit, rule, f"{len(unfit)} names or shapes that do not fit, the first is {unfit[:1]}")
     net.load_state_dict(kept)

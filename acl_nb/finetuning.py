@@ -52,28 +52,20 @@ def encoder_statistics(
     require(has_published_weights(name), rule, name)
     return _of_timm(name) if name.startswith("timm/") else _of_torchvision(name)
 
-# %% ../nbs/47_finetuning.ipynb #cf818e44
+# %% ../nbs/47_finetuning.ipynb #01304092
 STATISTICS = ("auto", "encoder", "data")
+
+def _comes_trained(r):
+    "Does the encoder of a recipe begin with weights that were trained on photographs?"
+    return (r.pretrained or r.encoder_weights is not None) and has_published_weights(r.encoder)
 
 def wanted_statistics(
     r,             # a `Recipe`
 ) -> Statistics:   # None: those of the data set
     "What the images of a run are normalised with."
-    starts = r.pretrained or r.weights is not None
-    auto = "encoder" if starts and has_published_weights(r.encoder) else "data"
+    auto = "encoder" if _comes_trained(r) else "data"
     chosen = auto if r.statistics == "auto" else r.statistics
     return encoder_statistics(r.encoder) if chosen == "encoder" else None
-
-def fitted_to(
-    known:Statistics,   # of `wanted_statistics`; None: the data stay as they are
-    data:LongTailed,    # grey or in colour
-) -> LongTailed:        # with the encoder's numbers
-    "A data set as an encoder is to see it."
-    if known is None: return data
-    train, test = (_in_colour(part) for part in (data.train, data.test))
-    told = dict(statistics="of the encoder", mean=list(known.mean), std=list(known.std))
-    return replace(data, train=train, test=test, mean=known.mean, std=known.std, share=known.share,
-                   interpolation=known.interpolation, notes={**data.notes, **told})
 
 # %% ../nbs/47_finetuning.ipynb #1a57d4f5
 def _in_colour(images):
@@ -81,7 +73,23 @@ def _in_colour(images):
     if not isinstance(images, ImageArray) or images.shape[0] != 1: return images
     return ImageArray(images.images.expand(-1, 3, -1, -1), images.labels)
 
-# %% ../nbs/47_finetuning.ipynb #f72a0b9f
+# %% ../nbs/47_finetuning.ipynb #5dde2dcf
+def fitted_to(
+    r,                 # a `Recipe`
+    data:LongTailed,   # its data
+) -> LongTailed:       # in three colours and with the encoder's numbers, where it is so wanted
+    "A data set as the encoder of a recipe is to see it."
+    known = wanted_statistics(r)
+    if known is None and not _comes_trained(r): return data
+    parts = dict(train=_in_colour(data.train), test=_in_colour(data.test))
+    if known is None:
+        repeat = 3 // len(data.mean)
+        return replace(data, mean=data.mean * repeat, std=data.std * repeat, **parts)
+    told = dict(statistics="of the encoder", mean=list(known.mean), std=list(known.std))
+    return replace(data, mean=known.mean, std=known.std, share=known.share,
+                   interpolation=known.interpolation, notes={**data.notes, **told}, **parts)
+
+# %% ../nbs/47_finetuning.ipynb #a83490a4
 def side_of_input(
     r,               # a `Recipe`
     side:int,        # of the views, in pixels
@@ -95,7 +103,7 @@ def side_of_input(
     else: return None
     return None if wanted == side and not r.encoder.startswith("timm/") else wanted
 
-# %% ../nbs/47_finetuning.ipynb #8bfc8ab7
+# %% ../nbs/47_finetuning.ipynb #19725121
 def encoder_layers(
     net:nn.Module,  # of `encoder(name)`
 ) -> dict:          # name of each parameter -> number of its layer: 0 the stem, then the blocks
@@ -112,7 +120,7 @@ def encoder_layers(
     require(blocks, rule, type(net).__name__)
     return layers
 
-# %% ../nbs/47_finetuning.ipynb #cd9ac665
+# %% ../nbs/47_finetuning.ipynb #ce709489
 FREEZE = ("none", "early", "all", "but_norms")
 
 def norm_parameters(
@@ -125,14 +133,14 @@ def norm_parameters(
             found |= {f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)}
     return found
 
-# %% ../nbs/47_finetuning.ipynb #751ce48c
+# %% ../nbs/47_finetuning.ipynb #820d1634
 def _of_last_block(net, norms):
     "Names of the parameters of the last block, and of what comes after it."
     layers = encoder_layers(net)
     last = max(layer for name, layer in layers.items() if name not in norms)
     return {name for name, layer in layers.items() if layer >= last}
 
-# %% ../nbs/47_finetuning.ipynb #413dc57f
+# %% ../nbs/47_finetuning.ipynb #352d3455
 def freeze(
     net:nn.Module,    # of `encoder(name)`
     how:str="early",  # none | early | all | but_norms
@@ -144,7 +152,7 @@ def freeze(
     if how == "early": trained = norms | _of_last_block(net, norms)
     for name, weight in net.named_parameters(): weight.requires_grad_(name in trained)
 
-# %% ../nbs/47_finetuning.ipynb #80fa2132
+# %% ../nbs/47_finetuning.ipynb #ea12d174
 def add_lora(
     net:nn.Module,  # an encoder with linear layers; changed
     rank:int,       # r, of the corrections
@@ -157,7 +165,7 @@ def add_lora(
     require(linear, rule, type(net).__name__)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), net)
 
-# %% ../nbs/47_finetuning.ipynb #e3d6ed2a
+# %% ../nbs/47_finetuning.ipynb #2aeb4ab3
 def checkpoint_activations(
     net:nn.Module,  # one of timm's encoders; changed
 ):
@@ -166,7 +174,7 @@ def checkpoint_activations(
     require(possible, "`checkpointing` is for timm's encoders", type(net).__name__)
     net.set_grad_checkpointing(True)
 
-# %% ../nbs/47_finetuning.ipynb #858975c1
+# %% ../nbs/47_finetuning.ipynb #bfb8af6e
 def _undecayed(network):
     "Names of parameters that are places, not sizes: of normalisations, biases, centres, positions."
     norms = norm_parameters(network)
@@ -185,7 +193,7 @@ def _rates(network, layer_decay, encoder_lr):
     return rates | {f"encoder.{name}": encoder_lr * layer_decay ** (heads - layer)
                     for name, layer in layers.items()}
 
-# %% ../nbs/47_finetuning.ipynb #81dd568b
+# %% ../nbs/47_finetuning.ipynb #de7c6966
 def parameter_groups(
     network:nn.Module,        # of `Network`
     weight_decay:float,       # of what decays
@@ -202,7 +210,7 @@ def parameter_groups(
     return [dict(params=groups[rate, shrinks], weight_decay=shrinks, lr_scale=rate)
             for rate, shrinks in sorted(groups)]
 
-# %% ../nbs/47_finetuning.ipynb #e6b40311
+# %% ../nbs/47_finetuning.ipynb #e29fc82c
 def group_rows(
     groups:list,  # of `parameter_groups`
 ) -> list:        # one list of texts per group, after a head
@@ -215,7 +223,7 @@ def group_rows(
         rows.append([rate, shrinks, f"{len(sizes):,}", f"{sum(sizes):,}", f"{sum(learns):,}"])
     return rows
 
-# %% ../nbs/47_finetuning.ipynb #43c02072
+# %% ../nbs/47_finetuning.ipynb #f8295013
 OPTIMIZERS = ("sgd", "adamw")
 
 def _timms_optimizer(name, groups, lr, momentum):
@@ -239,7 +247,7 @@ def make_optimizer(
     if name == "adamw": return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr, momentum, fused=fused)
 
-# %% ../nbs/47_finetuning.ipynb #54264002
+# %% ../nbs/47_finetuning.ipynb #ea651356
 DECAY = ("all", "weights")
 CLASSIFIER_INIT = ("random", "means")
 
@@ -250,7 +258,7 @@ def check_finetuning(
     of_timm, moves = r.encoder.startswith("timm/"), r.freeze != "all" and not r.lora
     published = r.statistics != "encoder" or has_published_weights(r.encoder)
     rules = [
-        (not (r.pretrained and r.weights), "an encoder starts from one place: `pretrained` or `weights`", "both"),
+        (not (r.pretrained and r.encoder_weights), "an encoder starts from one place: `pretrained` or `encoder_weights`", "both"),
         (published, "only torchvision's and timm's encoders have statistics of their own", r.encoder),
         (of_timm or not r.drop_path, "`drop_path` is for timm's encoders", r.encoder),
         (of_timm or not r.checkpointing, "`checkpointing` is for timm's encoders", r.encoder),

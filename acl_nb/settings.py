@@ -154,7 +154,7 @@ class NetworkSettings:
     "What is trained."
     encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, or timm/NAME
     pretrained: bool = setting(False)                         # start from published weights
-    weights: str | None = setting(None)                       # start from this file; None: no file
+    encoder_weights: str | None = setting(None)               # start from this file; None: no file
     statistics: str = setting("auto", one_of(STATISTICS))     # mean and std: auto | encoder | data
     freeze: str = setting("none", one_of(FREEZE))             # none | early | all | but_norms
     lora: int = setting(0, at_least(0))                       # rank of corrections; 0: none

@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .build import build, find_setup, start_processes
 from .callbacks import TRACKERS, Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
 from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
-from .loop import Diverged, Training, go_on_from
+from .loop import Diverged, Training, class_sums, go_on_from
 from .processes import Stopped, from_first, rank, require_same, world_size
 from .records import Run, begin_folder, check_data, fingerprint, hold_folder, open_folder
 from .settings import Recipe
@@ -55,6 +56,14 @@ def _setup(recipe, device, found):
     kept = {name: found.setup[name] for name in ("precision", "test_precision")}
     return here | kept
 
+# %% ../nbs/59_trainer.ipynb #5df1d785
+def _classifier_from_means(parts):
+    "The classifier's weights become the mean features of the classes."
+    network = parts.bare
+    lengths = network.classifier.weight.norm(dim=1, keepdim=True)
+    sums = class_sums(parts, network, network.features, torch.zeros_like(network.classifier.weight))
+    with torch.no_grad(): network.classifier.weight.copy_(F.normalize(sums, dim=1) * lengths)
+
 # %% ../nbs/59_trainer.ipynb #59a10005
 def _start(recipe, out, found, accelerator, workers):
     "The parts of the run, and its folder begun or compared with the data at hand."
@@ -65,6 +74,7 @@ def _start(recipe, out, found, accelerator, workers):
         if found is None: begin_folder(recipe, out, data, parts.setup)
         else: check_data(Run(out), data["sha256"])
     from_first(write)
+    if found is None and recipe.classifier_init == "means": _classifier_from_means(parts)
     return parts
 
 # %% ../nbs/59_trainer.ipynb #d08c81a5
