@@ -10,6 +10,7 @@ __all__ = ['ACTIONS', 'default_folder', 'field_readers', 'field_table', 'parse_s
 import hashlib
 import json
 import re
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .counts import shot_groups
 from .datasets import BENCHMARKS, DATASETS, FACTS, benchmark_files, check_files
 from .datasets import facts_of, fetch_lists, find_list, load_lists, usual_counts
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
+from .finetuning import start_lines
 from .losses import LOSSES, losses_that
 from .probes import Probe, can_probe
 from .processes import rank
@@ -169,6 +171,15 @@ def _train(r, out, resume, **how):
 
 def _say(text): print(text)                 # where a parameter is called print
 
+_OF_THE_START = ("pretrained", "encoder_weights", "freeze", "lora", "decay", "layer_decay", "encoder_lr")
+
+def _print(r):
+    "The recipe to standard output; beside it, for the reader, how an encoder that comes trained is used."
+    print(json.dumps(asdict(r), indent=2))
+    if all(getattr(r, field) == getattr(Recipe, field) for field in _OF_THE_START): return
+    n_classes = r.classes or facts_of(r.dataset).classes or 2
+    for line in start_lines(r, n_classes): print(line, file=sys.stderr)
+
 _OFFERED = dict(
     name=RECIPES, loss=LOSSES, track=TRACKERS, resume=("auto", "never", "must"),
     fields=_FIELDS, set=[f"{field}=" for field in _FIELDS if field != "name"])
@@ -202,7 +213,7 @@ def acl_train(
     if fields is not None: return _say(field_table(fields))
     options = dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data)
     r, usual = resolve(name, recipe, options, set or [])
-    if print: return _say(json.dumps(asdict(r), indent=2))
+    if print: return _print(r)
     folder = user_path(out) if out else default_folder(r, usual)
     _train(r, folder, resume, callbacks=_probes(r, probe), save_every=save_every,
            track=track, tensorboard=tensorboard, workers=workers)

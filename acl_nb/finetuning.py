@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'FREEZE', 'OPTIMIZERS', 'DECAY', 'CLASSIFIER_INIT', 'Statistics', 'encoder_statistics',
            'wanted_statistics', 'fitted_to', 'side_of_input', 'encoder_layers', 'norm_parameters', 'freeze', 'add_lora',
-           'checkpoint_activations', 'parameter_groups', 'group_rows', 'make_optimizer', 'check_finetuning']
+           'checkpoint_activations', 'parameter_groups', 'group_rows', 'make_optimizer', 'start_lines',
+           'check_finetuning']
 
 # %% ../nbs/47_finetuning.ipynb #a899553a
 import re
@@ -19,6 +20,7 @@ from torchvision.models import get_model_weights
 from .checks import BadInput, require
 from .datasets import ImageArray, LongTailed
 from .encoders import has_published_weights, timm_config
+from .networks import Network
 
 # %% ../nbs/47_finetuning.ipynb #dfb7142d
 class Statistics(NamedTuple):
@@ -34,8 +36,8 @@ def _of_torchvision(name):
     weights = get_model_weights(name)
     prepare = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT).transforms()
     size, shorter_side = prepare.crop_size[0], prepare.resize_size[0]
-    interpolation = prepare.interpolation.value
-    return Statistics(tuple(prepare.mean), tuple(prepare.std), size, interpolation, size / shorter_side)
+    return Statistics(tuple(prepare.mean), tuple(prepare.std), size,
+                      prepare.interpolation.value, size / shorter_side)
 
 def _of_timm(name):
     config = timm_config(name)
@@ -130,7 +132,8 @@ def norm_parameters(
     found = set()
     for name, module in net.named_modules():
         if re.search(r"Norm(\d?d|Act2d)?$|RmsNorm", type(module).__name__):
-            found |= {f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)}
+            own = [key for key, _ in module.named_parameters(recurse=False)]
+            found |= {f"{name}.{key}" if name else key for key in own}
     return found
 
 # %% ../nbs/47_finetuning.ipynb #820d1634
@@ -152,12 +155,12 @@ def freeze(
     if how == "early": trained = norms | _of_last_block(net, norms)
     for name, weight in net.named_parameters(): weight.requires_grad_(name in trained)
 
-# %% ../nbs/47_finetuning.ipynb #ea12d174
+# %% ../nbs/47_finetuning.ipynb #78ee7cb6
 def add_lora(
     net:nn.Module,  # an encoder with linear layers; changed
     rank:int,       # r, of the corrections
 ):
-    "Freeze an encoder and give each of its linear layers a trained correction (Hu et al. 2022, LoRA)."
+    "Freeze an encoder; each linear layer gets a trained correction (Hu et al. 2022, LoRA)."
     try: from peft import LoraConfig, inject_adapter_in_model
     except ImportError: raise BadInput("`lora` needs peft: pip install 'acl_nb[peft]'") from None
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
@@ -223,12 +226,13 @@ def group_rows(
         rows.append([rate, shrinks, f"{len(sizes):,}", f"{sum(sizes):,}", f"{sum(learns):,}"])
     return rows
 
-# %% ../nbs/47_finetuning.ipynb #f8295013
+# %% ../nbs/47_finetuning.ipynb #efc37d22
 OPTIMIZERS = ("sgd", "adamw")
 
 def _timms_optimizer(name, groups, lr, momentum):
+    rule = "an optimiser `timm/…` needs timm: pip install 'acl_nb[timm]'"
     try: from timm.optim import create_optimizer_v2
-    except ImportError: raise BadInput("an optimiser `timm/…` needs timm: pip install 'acl_nb[timm]'") from None
+    except ImportError: raise BadInput(rule) from None
     try: return create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum)
     except (AssertionError, ValueError, KeyError) as e:
         reason = " ".join(str(e).split())
@@ -241,13 +245,36 @@ def make_optimizer(
     momentum:float=0.9,  # of sgd; β₁ of adamw
 ) -> torch.optim.Optimizer:
     "An optimiser by name."
-    if name.startswith("timm/"): return _timms_optimizer(name.removeprefix("timm/"), groups, lr, momentum)
+    if name.startswith("timm/"):
+        return _timms_optimizer(name.removeprefix("timm/"), groups, lr, momentum)
     weights = [p for group in groups for p in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") for p in weights)
     if name == "adamw": return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr, momentum, fused=fused)
 
-# %% ../nbs/47_finetuning.ipynb #ea651356
+# %% ../nbs/47_finetuning.ipynb #120911de
+def start_lines(
+    r,                # a `Recipe`
+    n_classes:int=2,  # of its data
+) -> list:            # of texts
+    "How the encoder of a recipe begins, what it is fed, and how its weights move."
+    known = wanted_statistics(r)
+    source = r.encoder_weights or ("published weights" if r.pretrained else "random weights")
+    fed = "as the data"
+    if known is not None:
+        shown = lambda numbers: ", ".join(f"{number:.3f}" for number in numbers)
+        fed = f"mean {shown(known.mean)}, deviation {shown(known.std)}, {known.interpolation}"
+    side = side_of_input(r, known.size if known else None)
+    with torch.device("meta"):
+        network = Network(n_classes, 3, r.encoder, r.dim, r.hidden, r.classifier,
+                          centers=r.centers, input_size=side)
+        freeze(network.encoder, r.freeze)
+        if r.lora: add_lora(network.encoder, r.lora)
+    groups = parameter_groups(network, r.weight_decay, r.decay, r.layer_decay, r.encoder_lr)
+    table = ["".join(f"{text:>14}" for text in row) for row in group_rows(groups)]
+    return [f"{r.encoder} begins with {source}; its images are normalised: {fed}", *table]
+
+# %% ../nbs/47_finetuning.ipynb #da728e58
 DECAY = ("all", "weights")
 CLASSIFIER_INIT = ("random", "means")
 
@@ -255,18 +282,24 @@ def check_finetuning(
     r,  # a `Recipe`
 ):
     "Rules between the settings of an encoder and its training."
-    of_timm, moves = r.encoder.startswith("timm/"), r.freeze != "all" and not r.lora
-    published = r.statistics != "encoder" or has_published_weights(r.encoder)
+    of_timm, all_frozen = r.encoder.startswith("timm/"), r.freeze == "all"
+    for_timm = "is for timm's encoders"
+    one_place = "an encoder starts from one place: `pretrained` or `encoder_weights`"
+    published = "only torchvision's and timm's encoders have statistics of their own"
+    linear = "`lora` is for encoders with linear layers, such as timm's transformers"
+    itself = "`lora` freezes the encoder itself: `freeze` must be none"
+    cosine = "`classifier_init=means` needs a cosine classifier that predicts"
+    predicts = r.classifier == "cosine" and r.readout == "classifier"
+    no_layers, frozen = r.layer_decay is None, "the encoder is frozen"
     rules = [
-        (not (r.pretrained and r.encoder_weights), "an encoder starts from one place: `pretrained` or `encoder_weights`", "both"),
-        (published, "only torchvision's and timm's encoders have statistics of their own", r.encoder),
-        (of_timm or not r.drop_path, "`drop_path` is for timm's encoders", r.encoder),
-        (of_timm or not r.checkpointing, "`checkpointing` is for timm's encoders", r.encoder),
-        (of_timm or not r.lora, "`lora` is for encoders with linear layers, such as timm's transformers", r.encoder),
-        (not r.lora or r.freeze == "none", "`lora` freezes the encoder itself: `freeze` must be none", r.freeze),
-        (moves or r.layer_decay is None, "`layer_decay` must be none: the encoder is frozen", r.layer_decay),
-        (r.freeze != "all" or r.encoder_lr == 1, "`encoder_lr` must be 1: the encoder is frozen", r.encoder_lr),
-        (r.classifier_init == "random" or r.classifier == "cosine" and r.readout == "classifier",
-         "`classifier_init=means` needs a cosine classifier that predicts", f"{r.classifier}, {r.readout}"),
+        (not (r.pretrained and r.encoder_weights), one_place, "both"),
+        (r.statistics != "encoder" or has_published_weights(r.encoder), published, r.encoder),
+        (of_timm or not r.drop_path, f"`drop_path` {for_timm}", r.encoder),
+        (of_timm or not r.checkpointing, f"`checkpointing` {for_timm}", r.encoder),
+        (of_timm or not r.lora, linear, r.encoder),
+        (not r.lora or r.freeze == "none", itself, r.freeze),
+        (no_layers or not all_frozen and not r.lora, f"`layer_decay` must be none: {frozen}", r.layer_decay),
+        (r.encoder_lr == 1 or not all_frozen, f"`encoder_lr` must be 1: {frozen}", r.encoder_lr),
+        (r.classifier_init == "random" or predicts, cosine, f"{r.classifier}, {r.readout}"),
     ]
     for fits, rule, got in rules: require(fits, rule, got)
