@@ -8,6 +8,7 @@ __all__ = ['CLASSIFIERS', 'CENTERS', 'READOUTS', 'Output', 'Network', 'merged_we
 # %% ../nbs/43_networks.ipynb #f7f02ffb
 import json
 import os
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .checks import BadInput, choose
 from .encoders import encoder
@@ -62,6 +64,7 @@ class Network(nn.Module):
         super().__init__()
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.encoder = encoder(encoder_name, in_channels, input_size, drop_path)
+        self.at_once = None          # views that the encoder computes at a time in training; None: all
         d = self.encoder.out_dim
         self.head = ProjectionHead(d, hidden, dim)
         make_classifier = choose(classifier, CLASSIFIERS, "classifier")
@@ -81,11 +84,32 @@ def scaled(self:Network, images): # [N, channels, H, W] -> [N, channels, input_s
     smaller = size < images.shape[-1]
     return F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=smaller)
 
+# %% ../nbs/43_networks.ipynb #16bada8f
+@contextmanager
+def _statistics_stand_still(net):
+    "Batch normalisation within leaves its running statistics as they are."
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms: m.momentum, m.num_batches_tracked = 0., None
+    try: yield
+    finally:
+        for m, (momentum, tracked) in zip(norms, before): m.momentum, m.num_batches_tracked = momentum, tracked
+
+# %% ../nbs/43_networks.ipynb #9c057572
+@patch
+def encode(self:Network, images): # [N, channels, H, W] -> [N, d]
+    "The encoder's features; in training a few images at a time, where `at_once` says so."
+    whole = self.at_once is None or len(images) <= self.at_once
+    if whole or not torch.is_grad_enabled(): return self.encoder(images)
+    contexts = lambda: (nullcontext(), _statistics_stand_still(self.encoder))
+    again = lambda part: checkpoint(self.encoder, part, use_reentrant=False, context_fn=contexts)
+    return torch.cat([again(part) for part in images.split(self.at_once)])
+
 # %% ../nbs/43_networks.ipynb #57c23600
 @patch
 def forward(self:Network, images): # [B, V, channels, H, W] -> Output
     "What training needs of each view."
-    features = self.encoder(self.scaled(images.flatten(0, 1)))               # [B·V, d]
+    features = self.encode(self.scaled(images.flatten(0, 1)))                # [B·V, d]
     with torch.autocast(images.device.type, enabled=False):
         features = features.to(self.classifier.weight.dtype)
         z = self.head(features).unflatten(0, images.shape[:2])               # [B, V, D]

@@ -311,6 +311,7 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
     test_every: int = setting(1, at_least(1))              # epochs from one test to the next
 
     accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
+    sub_batch: int | None = setting(None, at_least(2))     # views encoded at a time; None: all
     clip: float | None = setting(None, above_zero)         # largest norm of a gradient; None: any
     ema: float | None = setting(None, below_one)           # decay of averaged weights; None: none
     queue: int = setting(0, at_least(0))                   # past keys kept for paco and gpaco
