@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import get_model, get_model_weights
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from .checks import BadInput, choose, require, user_path
 
@@ -86,7 +87,7 @@ _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
                 "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 
 def _torchvision(name, in_channels):
-    net = get_model(name, weights=None)
+    net = ResNet(Bottleneck, [3, 24, 36, 3]) if name == "resnet200" else get_model(name, weights=None)
     net.out_dim, net.fc = net.fc.in_features, nn.Identity()
     if in_channels != 3: net.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
     return net
@@ -109,7 +110,7 @@ ENCODERS = {
     "resnet20": lambda in_channels: CifarResNet(20, in_channels),
     "resnet8": lambda in_channels: CifarResNet(8, in_channels, width=32),
     "resnet8_tiny": lambda in_channels: CifarResNet(8, in_channels, stride=2),
-    **{name: partial(_torchvision, name) for name in _TORCHVISION},
+    **{name: partial(_torchvision, name) for name in (*_TORCHVISION, "resnet200")},
 }
 
 # %% ../nbs/40_encoders.ipynb #04805a66

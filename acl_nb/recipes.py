@@ -72,8 +72,8 @@ RECIPES |= {
         encoder="resnet152", pretrained=True, freeze="early", epochs=30, warmup=5/30, test_every=10),
     "inaturalist18_resnet50_100": dict(_BCL | _INAT, epochs=100, lr=0.2, weight_decay=1e-4),
     "inaturalist18_resnet50_400": dict(_PACO | _INAT, weight_decay=1e-4),
-    "imagenet_resnet50": dict(_PACO, dataset="imagenet", classes=1000, encoder="resnet50",
-                              loss="paco"),
+    **{f"imagenet_{encoder}": dict(_PACO, dataset="imagenet", classes=1000, encoder=encoder, loss="paco")
+       for encoder in ("resnet50", "resnet101", "resnet152", "resnet200")},
 }
 
 # %% ../nbs/51_recipes.ipynb #b83eba82
