@@ -291,7 +291,7 @@ def _build_loading(r, data, workers, dtype):
     "The fields of `Parts` from `views` to `workers`."
     views, plain = build_views(r, data, dtype)
     train, test = cut_where_decoded(data.train, views), cut_where_decoded(data.test, plain)
-    batches = EpochBatches(len(train), r.batch_size, r.seed)
+    batches = EpochBatches(len(train), r.batch_size, r.seed, data.train.labels, r.sampling)
     images = batches.size // world_size()
     rule = "a process's batch must hold at least two views, for its batch statistics"
     require(images * r.views >= 2, rule, images * r.views)

@@ -17,6 +17,7 @@ from .counts import KINDS
 from .datasets import DATASETS, facts_of
 from .encoders import find_encoder
 from .finetuning import CLASSIFIER_INIT, DECAY, FREEZE, OPTIMIZERS, STATISTICS, check_finetuning
+from .loading import SAMPLING
 from .losses import LOSSES, loss_traits, losses_that
 from .networks import CENTERS, CLASSIFIERS, READOUTS
 from .pairs import NEGATIVES
@@ -298,6 +299,7 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
     "All settings of a run; checked when made, never changed after."
     epochs: int = setting(30, at_least(1))                 # passes over the training images
     batch_size: int = setting(64, at_least(2))             # images with V views, over all processes
+    sampling: str = setting("uniform", one_of(SAMPLING))   # uniform | square_root | class_balanced
     optimizer: str = setting("sgd", known_optimizer)       # sgd | adamw | timm/NAME
     lr: float = setting(0.1, above_zero)                   # peak learning rate
     momentum: float = setting(0.9, below_one)              # of SGD; β₁ of AdamW
