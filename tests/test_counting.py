@@ -17,7 +17,7 @@ from acl_nb.checks import check_again
 from acl_nb.counts import class_counts
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
 from acl_nb.loop import READ_EVERY, Training
-from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, gpaco_loss, ldam_loss
+from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, dscl_loss, gpaco_loss, ldam_loss
 from acl_nb.losses import logit_adjusted_loss, paco_loss, scl_loss
 from acl_nb.processes import Share
 from acl_nb.recipes import recipe
@@ -105,7 +105,8 @@ def test_a_cifar_step_waits_for_the_gpu_once_in_twenty_steps_beside_its_views():
     for name, (operations, _) in found.items():
         assert operations <= OPERATIONS[name], (name, operations)
 
-LOSSES = {"acl, adjusted": dict(loss="acl", negatives="adjusted"), "scl": dict(loss="scl"), "bcl": dict(loss="bcl"),
+LOSSES = {"acl, adjusted": dict(loss="acl", negatives="adjusted"), "scl": dict(loss="scl"), "dscl": dict(loss="dscl"),
+          "bcl": dict(loss="bcl"),
           "ce": dict(loss="ce"), "la": dict(loss="la"), "ldam": dict(loss="ldam"), "cb": dict(loss="cb")}
 
 DIGITS = dict(precision="fp32", batch_size=32, epochs=1)
@@ -140,6 +141,7 @@ COMPILED = {
     "acl, adjusted": lambda z, centers, logits: acl_loss(z, LABELS, centers, 0.1, True, "adjusted", COUNTS),
     "acl, prior as a list": lambda z, centers, logits: acl_loss(z, LABELS, None, 0.1, True, "prior", COUNTS.tolist()),
     "scl": lambda z, centers, logits: scl_loss(z, LABELS),
+    "dscl": lambda z, centers, logits: dscl_loss(z, LABELS, centers=centers),
     "bcl": lambda z, centers, logits: bcl_loss(z, LABELS, centers),
     "la": lambda z, centers, logits: logit_adjusted_loss(logits, LABELS, COUNTS),
     "ce": lambda z, centers, logits: ce_loss(logits, LABELS),
@@ -154,6 +156,7 @@ OWN = SHARE["share"].rows(B)
 SHARED = {      # of the second of two processes; classes' counts lie where the embeddings do
     "acl": lambda z, y, c, logits, n: acl_loss(z, y, c, 0.1, True, "adjusted", n, **SHARE),
     "scl": lambda z, y, c, logits, n: scl_loss(z, y, centers=c, **SHARE),
+    "dscl": lambda z, y, c, logits, n: dscl_loss(z, y, centers=c, **SHARE),
     "bcl": lambda z, y, c, logits, n: bcl_loss(z, y, c, **SHARE),
     "ce": lambda z, y, c, logits, n: ce_loss(logits[OWN], y, **SHARE),
     "la": lambda z, y, c, logits, n: logit_adjusted_loss(logits[OWN], y, n, **SHARE),

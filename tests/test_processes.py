@@ -27,7 +27,7 @@ from acl_nb.records import Run
 from acl_nb.trainer import fit
 from ranks import finish, start, without_batch_statistics
 
-PROBED = ("scl", "bcl", "acl", "paco", "gpaco")
+PROBED = ("scl", "dscl", "bcl", "acl", "paco", "gpaco")
 BY_CENTERS = [("scl", "none"), ("bcl", "free"), ("acl", "weights")]        # without a classifier's loss
 CASES = [(loss, accumulate, dtype, {}) for loss in LOSSES for accumulate in (1, 2) for dtype in (torch.float32, torch.float64)]
 CASES += [(loss, 2, dtype, dict(centers=c, readout="centers")) for loss, c in BY_CENTERS for dtype in (torch.float32, torch.float64)]

@@ -56,6 +56,23 @@ def _acl_pair_gradients(pairs, aligned=True, negatives="batch", class_counts=Non
     prob = softmax_shares(pairs, torch.where(pairs.negative, log_w, 0))
     return mean_over_anchors(pairs, prob, prob - equal_targets(pairs))
 
+# %% ../../nbs/38_gradients.ipynb #59979698
+def _dscl_pair_gradients(pairs, alpha=0.1, views=None):
+    "Of pairs whose first keys are the anchors, the views of an image next to each other."
+    require(views is not None, '"dscl" needs `views`, the number of views of an image')
+    n_anchors, n_keys = pairs.sim.shape
+    place = torch.arange(n_keys, device=pairs.sim.device)
+    image = torch.where(place < n_anchors, place // views, -1)        # no image: a centre
+    of_own_image = image[:n_anchors, None] == image
+    own = (pairs.positive & of_own_image).to(pairs.sim)
+    rest = (pairs.positive & ~of_own_image).to(pairs.sim)
+    n_own, n_rest = own.sum(1, keepdim=True), rest.sum(1, keepdim=True)
+    of_own = torch.where(n_rest > 0, alpha, torch.ones_like(n_own))
+    of_rest = torch.where(n_own > 0, 1 - alpha, torch.ones_like(n_rest))
+    target = of_own * own / n_own.clamp_min(1) + of_rest * rest / n_rest.clamp_min(1)
+    prob = softmax_shares(pairs)
+    return mean_over_anchors(pairs, prob, prob - target)
+
 # %% ../../nbs/38_gradients.ipynb #31e48bb2
 def _join(pairs, sim, key_labels):
     "The pairs with more keys to the right, of similarities `sim` [N, more]."
@@ -106,7 +123,7 @@ def _by_autograd(loss):
         return PairGradients(coef, pairs.positive, pairs.negative, pairs.key_labels, prob)
     return form
 
-_CLOSED_FORMS = {"scl": scl_pair_gradients, "bcl": _bcl_pair_gradients,
+_CLOSED_FORMS = {"scl": scl_pair_gradients, "dscl": _dscl_pair_gradients, "bcl": _bcl_pair_gradients,
                  "acl": _acl_pair_gradients, "paco": _paco_pair_gradients}
 
 # %% ../../nbs/38_gradients.ipynb #09197ad0
@@ -128,7 +145,7 @@ def _form_and_settings(loss, settings):
 # %% ../../nbs/38_gradients.ipynb #2bed74d7
 @torch.no_grad()
 def gradients_of_pairs(
-    loss,            # "scl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
+    loss,            # "scl" | "dscl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
     pairs:Contrast,  # of a batch at temperature 1, the centres among the keys where the loss has them
     **settings,      # temperature, and those of `pair_gradients` but `keys` and `key_labels`
 ) -> PairGradients:
@@ -151,11 +168,11 @@ def _join_queue(pairs, z, keys, key_labels, temperature):
 # %% ../../nbs/38_gradients.ipynb #c8f3484a
 @torch.no_grad()
 def pair_gradients(
-    loss,                       # "scl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
+    loss,                       # "scl" | "dscl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
     z,                          # [B, V, D] unit length; or a `Contrast`, as for `gradients_of_pairs`
     labels:torch.Tensor=None,   # [B] in 0..C-1
     centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys; not for "paco"
-    **kw,                       # temperature; "acl": aligned, negatives, class_counts;
+    **kw,                       # temperature; "dscl": alpha; "acl": aligned, negatives, class_counts;
                                 # "paco": logits, class_counts, keys, key_labels, alpha, beta, gamma
 ) -> PairGradients:             # columns of "paco": anchors, `keys`, then the C logits as keys
     "Derivatives of a batch loss with respect to every similarity, if possible in closed form."
@@ -164,6 +181,7 @@ def pair_gradients(
     if isinstance(z, Contrast):
         return gradients_of_pairs(loss, z, **kw)
     form, temperature, (keys, key_labels), settings = _form_and_settings(loss, kw)
+    if form is _dscl_pair_gradients: settings["views"] = z.shape[1]
     pairs = contrast(z, labels, temperature, centers)
     with torch.autocast(z.device.type, enabled=False):
         if keys is not None and len(keys) > 0:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAITS', 'LOSSES', 'LossTraits', 'loss_traits', 'losses_that', 'make_loss', 'Objective', 'SCLLoss', 'scl_loss',
-           'ACLLoss', 'acl_loss', 'BCLLoss', 'bcl_loss', 'PaCoLoss', 'paco_loss', 'GPaCoLoss', 'gpaco_loss', 'CELoss',
-           'ce_loss', 'LogitAdjustedLoss', 'logit_adjusted_loss', 'LDAMLoss', 'ldam_loss', 'ldam_margins',
-           'ClassBalancedLoss', 'class_balanced_loss', 'class_balanced_weights']
+           'DSCLLoss', 'dscl_loss', 'ACLLoss', 'acl_loss', 'BCLLoss', 'bcl_loss', 'PaCoLoss', 'paco_loss', 'GPaCoLoss',
+           'gpaco_loss', 'CELoss', 'ce_loss', 'LogitAdjustedLoss', 'logit_adjusted_loss', 'LDAMLoss', 'ldam_loss',
+           'ldam_margins', 'ClassBalancedLoss', 'class_balanced_loss', 'class_balanced_weights']
 
 # %% ../../nbs/37_losses.ipynb #fa6cc983
 from inspect import signature
@@ -23,11 +23,11 @@ from .logits import CELoss, ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss
 from .logits import ce_loss, class_balanced_loss, class_balanced_weights
 from .logits import ldam_loss, ldam_margins, logit_adjusted_loss
 from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
-from .scl import SCLLoss, scl_loss
+from .scl import DSCLLoss, SCLLoss, dscl_loss, scl_loss
 from ..processes import Share
 
 # %% ../../nbs/37_losses.ipynb #beff276c
-_all_ = ["SCLLoss", "scl_loss", "ACLLoss", "acl_loss", "BCLLoss", "bcl_loss"]
+_all_ = ["SCLLoss", "scl_loss", "DSCLLoss", "dscl_loss", "ACLLoss", "acl_loss", "BCLLoss", "bcl_loss"]
 _all_ += ["PaCoLoss", "paco_loss", "GPaCoLoss", "gpaco_loss"]
 _all_ += ["CELoss", "ce_loss", "LogitAdjustedLoss", "logit_adjusted_loss", "LDAMLoss", "ldam_loss", "ldam_margins"]
 _all_ += ["ClassBalancedLoss", "class_balanced_loss", "class_balanced_weights"]
@@ -43,6 +43,7 @@ class LossTraits(NamedTuple):
     options: tuple = ()        # attributes of the module that the closed form takes
     usual: dict = {}           # fields of a recipe, unless it or the user says otherwise
     needs: dict = {}           # fields of a recipe that must have this value
+    most: dict = {}            # fields of a recipe that must not be above this value
     more: tuple = ()           # fields of a recipe that are read beside those of `__init__`
 
 # %% ../../nbs/37_losses.ipynb #e9701ff5
@@ -72,6 +73,8 @@ TRAITS = {
                        usual=dict(centers="none", classifier="cosine", drw=0.8)),
     "cb": LossTraits(ClassBalancedLoss, "classifier", usual=_NO_CENTERS),
     "scl": LossTraits(SCLLoss, centers="optional", form="scl", usual=_NO_CENTERS),
+    "dscl": LossTraits(DSCLLoss, centers="optional", form="dscl", options=("alpha",),
+                       usual=dict(centers="none", alpha=0.1), most=dict(alpha=1)),
     "bcl": LossTraits(BCLLoss, centers="needed", form="bcl", usual=_CENTERS),
     "paco": LossTraits(PaCoLoss, "joint", keys="encoder", form="paco", usual=_QUEUE),
     "gpaco": LossTraits(GPaCoLoss, "joint", keys="queue", form="paco", usual=_QUEUE),
