@@ -44,7 +44,7 @@ def keys(dim, n=30):
     return F.normalize(torch.randn(n, dim, generator=g), dim=-1), torch.randint(0, 10, (n,), generator=g)
 
 def gradient(loss, accumulate, dtype, more):
-    "Of all weights, after a step of the trainer; the step's loss and its terms; the queue."
+    "Of all weights, after a step of the trainer; the step's loss and its terms; the queue. Noise is the same in all rows."
     usual, values = torch.get_default_dtype(), []
     torch.set_default_dtype(dtype)
     def noted(*args):
@@ -57,7 +57,8 @@ def gradient(loss, accumulate, dtype, more):
         parts.views.dtype = dtype
         if parts.keys.queue is not None: parts.keys.queue.push(*keys(r.dim))
         parts.network.train()
-        with mock.patch.object(loop, "gradients", noted): training.train_step(list(islice(parts.loader, accumulate)))
+        same_noise = mock.patch.object(torch, "randn_like", torch.ones_like)        # each process has draws of its own
+        with mock.patch.object(loop, "gradients", noted), same_noise: training.train_step(list(islice(parts.loader, accumulate)))
         queue = [t.clone() for t in parts.keys.queue.contents()] if parts.keys.queue is not None else []
         return [torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts.bare.parameters()]), *values, *queue]
     finally: torch.set_default_dtype(usual)

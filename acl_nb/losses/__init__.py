@@ -6,7 +6,8 @@
 __all__ = ['TRAITS', 'LOSSES', 'LossTraits', 'loss_traits', 'losses_that', 'make_loss', 'Objective', 'SCLLoss', 'scl_loss',
            'DSCLLoss', 'dscl_loss', 'ACLLoss', 'acl_loss', 'BCLLoss', 'bcl_loss', 'PaCoLoss', 'paco_loss', 'GPaCoLoss',
            'gpaco_loss', 'CELoss', 'ce_loss', 'LogitAdjustedLoss', 'logit_adjusted_loss', 'LDAMLoss', 'ldam_loss',
-           'ldam_margins', 'ClassBalancedLoss', 'class_balanced_loss', 'class_balanced_weights']
+           'ldam_margins', 'ClassBalancedLoss', 'class_balanced_loss', 'class_balanced_weights', 'GCLLoss', 'gcl_loss',
+           'cloud_widths']
 
 # %% ../../nbs/37_losses.ipynb #fa6cc983
 from inspect import signature
@@ -19,9 +20,9 @@ from torch import nn
 from ..checks import choose, require
 from .acl import ACLLoss, acl_loss
 from .bcl import BCLLoss, bcl_loss
-from .logits import CELoss, ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss
+from .logits import CELoss, ClassBalancedLoss, GCLLoss, LDAMLoss, LogitAdjustedLoss
 from .logits import ce_loss, class_balanced_loss, class_balanced_weights
-from .logits import ldam_loss, ldam_margins, logit_adjusted_loss
+from .logits import cloud_widths, gcl_loss, ldam_loss, ldam_margins, logit_adjusted_loss
 from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
 from .scl import DSCLLoss, SCLLoss, dscl_loss, scl_loss
 from ..processes import Share
@@ -31,6 +32,7 @@ _all_ = ["SCLLoss", "scl_loss", "DSCLLoss", "dscl_loss", "ACLLoss", "acl_loss", 
 _all_ += ["PaCoLoss", "paco_loss", "GPaCoLoss", "gpaco_loss"]
 _all_ += ["CELoss", "ce_loss", "LogitAdjustedLoss", "logit_adjusted_loss", "LDAMLoss", "ldam_loss", "ldam_margins"]
 _all_ += ["ClassBalancedLoss", "class_balanced_loss", "class_balanced_weights"]
+_all_ += ["GCLLoss", "gcl_loss", "cloud_widths"]
 
 # %% ../../nbs/37_losses.ipynb #e8d06fcd
 class LossTraits(NamedTuple):
@@ -72,6 +74,8 @@ TRAITS = {
     "ldam": LossTraits(LDAMLoss, "classifier", needs=dict(classifier="cosine"), more=("drw",),
                        usual=dict(centers="none", classifier="cosine", drw=0.8)),
     "cb": LossTraits(ClassBalancedLoss, "classifier", usual=_NO_CENTERS),
+    "gcl": LossTraits(GCLLoss, "classifier", needs=dict(classifier="cosine"),
+                      usual=dict(centers="none", classifier="cosine")),
     "scl": LossTraits(SCLLoss, centers="optional", form="scl", usual=_NO_CENTERS),
     "dscl": LossTraits(DSCLLoss, centers="optional", form="dscl", options=("alpha",),
                        usual=dict(centers="none", alpha=0.1), most=dict(alpha=1)),
