@@ -23,7 +23,7 @@ def class_distributions(
     length = means.norm(dim=-1)
     return F.normalize(means, dim=-1), concentration(length, means.shape[-1])
 
-# %% ../../nbs/26_losses.proco.ipynb #d99d3bce
+# %% ../../nbs/26_losses.proco.ipynb #4c7a7e0b
 def _check_batch(z, labels, means, n_classes):
     has_shape = z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1
     require(has_shape, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
@@ -34,12 +34,13 @@ def _check_batch(z, labels, means, n_classes):
     require(fits, f"`means` must be [C, D] = [{n_classes}, {z.shape[-1]}]", list(means.shape))
     if check_is_due("embeddings and labels of ProCo", z, labels):
         off = (z.detach().float().norm(dim=-1) - 1).abs().max().item()
-        require(off <= 0.02, "`z` must have unit length (within 0.02)", f"a length off by {off:.3g}")
+        unit = "`z` must have unit length (within 0.02)"
+        require(off <= 0.02, unit, f"a length off by {off:.3g}")
         low, high = int(labels.min()), int(labels.max())
         rule = f"`labels` must lie in 0..{n_classes - 1}"
         require(0 <= low and high < n_classes, rule, low if low < 0 else high)
 
-# %% ../../nbs/26_losses.proco.ipynb #3f3ba8b8
+# %% ../../nbs/26_losses.proco.ipynb #538f0430
 def proco_loss(
     z:torch.Tensor,         # [B, V, D] unit length
     labels:torch.Tensor,    # [B] in 0..C-1
@@ -63,7 +64,7 @@ def proco_loss(
     total = F.cross_entropy(expected + prior, of_anchors, reduction="sum")
     return share.of * total / (z.shape[0] * z.shape[1])
 
-# %% ../../nbs/26_losses.proco.ipynb #1ec2d213
+# %% ../../nbs/26_losses.proco.ipynb #6366e308
 class ClassMeans(nn.Module):
     "Mean embedding of each class over the last epoch and the present one."
     def __init__(self,
@@ -74,8 +75,8 @@ class ClassMeans(nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         start = F.normalize(torch.randn(n_classes, dim, generator=g), dim=-1)
-        self.register_buffer("before", 0.9 * start)                     # means of classes without an image
-        self.register_buffer("sums", torch.zeros(2, n_classes, dim))    # of the last epoch, of this one
+        self.register_buffer("before", 0.9 * start)      # means of classes without an image
+        self.register_buffer("sums", torch.zeros(2, n_classes, dim))    # last epoch, this epoch
         self.register_buffer("counts", torch.zeros(2, n_classes))
 
     def forward(self): # [C, D]
@@ -102,7 +103,7 @@ class ClassMeans(nn.Module):
             kept[0] = kept[1]
             kept[1] = 0
 
-# %% ../../nbs/26_losses.proco.ipynb #685771cf
+# %% ../../nbs/26_losses.proco.ipynb #5b7c654e
 class ProCoLoss(nn.Module):
     "`proco_loss` as a module; the counts are a buffer."
     def __init__(self,
