@@ -18,7 +18,7 @@ from acl_nb.counts import class_counts
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
 from acl_nb.loop import READ_EVERY, Training
 from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, dscl_loss, gcl_loss, gpaco_loss
-from acl_nb.losses import ldam_loss, logit_adjusted_loss, paco_loss, scl_loss
+from acl_nb.losses import ldam_loss, logit_adjusted_loss, paco_loss, proco_loss, scl_loss
 from acl_nb.processes import Share
 from acl_nb.recipes import recipe
 from acl_nb.testing import PretendGPU, loss_and_grads, relative_error
@@ -107,7 +107,8 @@ def test_a_cifar_step_waits_for_the_gpu_once_in_twenty_steps_beside_its_views():
 
 LOSSES = {"acl, adjusted": dict(loss="acl", negatives="adjusted"), "scl": dict(loss="scl"), "dscl": dict(loss="dscl"),
           "bcl": dict(loss="bcl"),
-          "ce": dict(loss="ce"), "la": dict(loss="la"), "ldam": dict(loss="ldam"), "cb": dict(loss="cb"), "gcl": dict(loss="gcl")}
+          "ce": dict(loss="ce"), "la": dict(loss="la"), "ldam": dict(loss="ldam"), "cb": dict(loss="cb"), "gcl": dict(loss="gcl"),
+          "proco": dict(loss="proco")}
 
 DIGITS = dict(precision="fp32", batch_size=32, epochs=1)
 
@@ -144,6 +145,7 @@ COMPILED = {
     "dscl": lambda z, centers, logits: dscl_loss(z, LABELS, centers=centers),
     "bcl": lambda z, centers, logits: bcl_loss(z, LABELS, centers),
     "la": lambda z, centers, logits: logit_adjusted_loss(logits, LABELS, COUNTS),
+    "proco": lambda z, centers, logits: proco_loss(z, LABELS, 0.7 * centers.detach(), COUNTS),
     "ce": lambda z, centers, logits: ce_loss(logits, LABELS),
     "cb": lambda z, centers, logits: class_balanced_loss(logits, LABELS, COUNTS),
     "ldam": lambda z, centers, logits: ldam_loss(logits, LABELS, COUNTS, weights=COUNTS),
@@ -161,6 +163,7 @@ SHARED = {      # of the second of two processes; classes' counts lie where the 
     "bcl": lambda z, y, c, logits, n: bcl_loss(z, y, c, **SHARE),
     "ce": lambda z, y, c, logits, n: ce_loss(logits[OWN], y, **SHARE),
     "la": lambda z, y, c, logits, n: logit_adjusted_loss(logits[OWN], y, n, **SHARE),
+    "proco": lambda z, y, c, logits, n: proco_loss(z, y, 0.7 * c, n, **SHARE),
     "ldam": lambda z, y, c, logits, n: ldam_loss(logits[OWN], y, n, weights=n, **SHARE),
     "cb": lambda z, y, c, logits, n: class_balanced_loss(logits[OWN], y, n, **SHARE),
     "gcl": lambda z, y, c, logits, n: gcl_loss(logits[OWN], y, n, **SHARE),

@@ -229,6 +229,8 @@ def batch_of(name):
         return given | dict(logits=torch.randn(8, 4, generator=g))
     if name == "gpaco":
         return dict(z=unit(8, 3, 16), labels=labels, logits=torch.randn(8, 3, 4, generator=g))
+    if name == "proco":
+        return dict(z=unit(8, 3, 16), labels=labels, means=0.8 * unit(4, 16))
     if loss_traits(name).kind == "contrastive":
         return dict(z=unit(8, 3, 16), labels=labels, centers=unit(4, 16))
     return dict(logits=torch.randn(8, 3, 4, generator=g), labels=labels)
