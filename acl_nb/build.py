@@ -26,7 +26,7 @@ from .finetuning import parameter_groups, side_of_input, wanted_statistics
 from .loading import EpochBatches, count_workers, cut_where_decoded
 from .loading import load_batches, share_of_test
 from .losses import Objective, class_balanced_weights, loss_traits
-from .keys import EncoderKeys, KeySource, QueueKeys
+from .keys import EncoderKeys, KeySource, MeanKeys, QueueKeys
 from .networks import Network
 from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
@@ -211,6 +211,7 @@ def build_keys(
     kind, device = loss_traits(r.loss).keys, next(network.parameters()).device
     if kind == "none": return KeySource()
     if kind == "queue": return QueueKeys(r.queue, r.dim).to(device)
+    if kind == "means": return MeanKeys(network.settings["n_classes"], r.dim, r.seed).to(device)
     return EncoderKeys(network, r.key_momentum, r.queue, r.dim).to(device)
 
 # %% ../nbs/550_build.ipynb #52d52e80

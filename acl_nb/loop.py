@@ -291,6 +291,7 @@ def end_epoch(
 ):
     "Test, and add the epoch to the history."
     read_steps(run)
+    run.parts.keys.end_epoch()
     share_notes(run.parts.train)
     r, first_step = run.parts.recipe, run.epoch * run.parts.steps
     row = {"epoch": run.epoch + 1, "lr": run.parts.lr(first_step)}

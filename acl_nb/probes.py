@@ -28,18 +28,24 @@ def _paco_form(loss, out, labels, keys, key_labels):
     return pair_gradients("paco", out.z, labels, logits=out.logits, class_counts=loss.class_counts,
                           keys=keys, key_labels=key_labels, **settings)
 
+def _proco_form(loss, out, labels, means):
+    "Gradients of proco, whose keys are the distributions of the classes."
+    return pair_gradients("proco", out.z, labels, means=means, class_counts=loss.class_counts,
+                          temperature=loss.temperature)
+
 # %% ../nbs/580_probes.ipynb #a52f82a1
 def closed_form(
     objective:Objective,           # with a contrastive term
     out,                           # of a network: z [B, V, D], logits [B, V, C], centers [C, D] or None
     labels:torch.Tensor,           # [B] in 0..C-1
-    keys:torch.Tensor=None,        # [K, D] more keys, of paco and gpaco
+    keys:torch.Tensor=None,        # [K, D] more keys, of paco and gpaco; means of the classes, of proco
     key_labels:torch.Tensor=None,  # [K]
 ) -> PairGradients:                # of the contrastive term, without its weight λ
     "Pair gradients of an objective, with the settings it has."
     loss, traits = objective.contrastive, objective.traits
     require(loss is not None, "only a contrastive loss compares pairs")
     if traits.kind == "joint": return _paco_form(loss, out, labels, keys, key_labels)
+    if traits.keys == "means": return _proco_form(loss, out, labels, keys)
     options = {name: getattr(loss, name) for name in traits.options}
     return pair_gradients(traits.form, out.z, labels, out.centers,
                           temperature=loss.temperature, **options)
@@ -75,7 +81,7 @@ class MeanBalance:
         objective:Objective,  # with a contrastive term
         out,                  # of a network: z, logits, centers
         labels:torch.Tensor,  # [B]
-        *keys,                # of paco and gpaco: keys [K, D], labels [K]
+        *keys,                # of paco, gpaco and proco: keys [K, D], labels [K]
     ):
         "Add a batch, if it has a positive pair."
         pairs = closed_form(objective, out, labels, *keys)

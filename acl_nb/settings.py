@@ -179,7 +179,7 @@ class LossSettings:
     aligned: bool = setting(True)                         # no positive in another's denominator
     negatives: str = setting("batch", one_of(NEGATIVES))  # batch | prior | adjusted | none
     tau: float = setting(1.0, at_least(0))                # strength of the logit adjustment
-    alpha: float = setting(0.05, at_least(0))             # of a same-class key in PaCo and GPaCo
+    alpha: float = setting(0.05, at_least(0))             # of a same-class key; DSCL: of own views
     drw: float | None = setting(None, below_one)          # re-weighs after this share; None: no
 
 # %% ../nbs/500_settings.ipynb #dc6b7c29
@@ -281,6 +281,9 @@ def _check_needs(r, traits):
     for name, value in traits.needs.items():
         rule = f'`loss="{r.loss}"` works with one kind of it only: `{name}` must be {value}'
         require(getattr(r, name) == value, rule, getattr(r, name))
+    for name, value in traits.most.items():
+        rule = f'`{name}` must be at most {value} with `loss="{r.loss}"`'
+        require(getattr(r, name) <= value, rule, getattr(r, name))
 
 def _check_together(r):
     "Rules that join two fields."

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from acl_nb.checks import BadInput
 from acl_nb.gradients import check_loss, conflict_rate, embedding_gradient, pair_gradients
 from acl_nb.losses import LOSSES, TRAITS, LossTraits, losses_that
-from acl_nb.losses import acl_loss, bcl_loss, gpaco_loss, make_loss, scl_loss
+from acl_nb.losses import acl_loss, bcl_loss, dscl_loss, gpaco_loss, make_loss, scl_loss
 from acl_nb.losses.acl import acl_loss_plain
 from acl_nb.losses.bcl import bcl_loss_plain
 from acl_nb.losses.scl import scl_loss_plain
@@ -91,6 +91,17 @@ def test_closed_form_equals_autograd(batch, loss):
     if name == "acl" and loss[1]["aligned"] and pairs.positive.any(): assert conflict_rate(pairs) == 0
 
 @settings(max_examples=30, deadline=None)
+@given(batches(), st.sampled_from([0., 0.1, 1.]), st.booleans())
+def test_dscl_closed_form_equals_autograd(batch, alpha, with_centers):
+    z, labels, centers, temperature = batch
+    cs, leaf = centers if with_centers else None, z.clone().requires_grad_()
+    by_autograd, = torch.autograd.grad(dscl_loss(leaf, labels, alpha, temperature, cs), leaf)
+    pairs = pair_gradients("dscl", z, labels, cs, temperature=temperature, alpha=alpha)
+    scale = max(1., by_autograd.abs().max().item())
+    found = embedding_gradient(pairs, z, cs, temperature)
+    torch.testing.assert_close(found, by_autograd, rtol=0, atol=1e-10 * scale)
+
+@settings(max_examples=30, deadline=None)
 @given(batches())
 def test_gpaco_closed_form_equals_autograd(batch):
     z, labels, _, temperature = batch
@@ -133,7 +144,7 @@ def test_which_losses_are_swept_in_tiles(name):
         result = loss(z, Y, logits)
     else:
         result = loss(logits[:, 0], Y)
-    assert ("_TiledLossBackward" in functions_of(result)) == (name in ("scl", "bcl", "acl"))
+    assert ("_TiledLossBackward" in functions_of(result)) == (name in ("scl", "dscl", "bcl", "acl"))
 
 class Between(torch.nn.Module):
     "A throw-away loss: the positives' share of the denominator counts half."

@@ -27,7 +27,7 @@ from acl_nb.records import Run
 from acl_nb.trainer import fit
 from ranks import finish, start, without_batch_statistics
 
-PROBED = ("scl", "bcl", "acl", "paco", "gpaco")
+PROBED = ("scl", "dscl", "bcl", "acl", "paco", "gpaco", "proco")
 BY_CENTERS = [("scl", "none"), ("bcl", "free"), ("acl", "weights")]        # without a classifier's loss
 CASES = [(loss, accumulate, dtype, {}) for loss in LOSSES for accumulate in (1, 2) for dtype in (torch.float32, torch.float64)]
 CASES += [(loss, 2, dtype, dict(centers=c, readout="centers")) for loss, c in BY_CENTERS for dtype in (torch.float32, torch.float64)]
@@ -44,7 +44,7 @@ def keys(dim, n=30):
     return F.normalize(torch.randn(n, dim, generator=g), dim=-1), torch.randint(0, 10, (n,), generator=g)
 
 def gradient(loss, accumulate, dtype, more):
-    "Of all weights, after a step of the trainer; the step's loss and its terms; the queue."
+    "Of all weights, after a step of the trainer; the step's loss and its terms; the queue, or ProCo's means. Noise is the same in all rows."
     usual, values = torch.get_default_dtype(), []
     torch.set_default_dtype(dtype)
     def noted(*args):
@@ -52,13 +52,14 @@ def gradient(loss, accumulate, dtype, more):
         values.append(torch.stack([value.detach() for value in means.values()]))
         return means
     try:
-        r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", accumulate=accumulate, **more, **({"queue": 70} if "paco" in loss else {}))
+        r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", accumulate=accumulate, **more, **({"queue": 70} if loss in ("paco", "gpaco") else {}))
         with without_batch_statistics(): training = Training(parts := build(r))
         parts.views.dtype = dtype
         if parts.keys.queue is not None: parts.keys.queue.push(*keys(r.dim))
         parts.network.train()
-        with mock.patch.object(loop, "gradients", noted): training.train_step(list(islice(parts.loader, accumulate)))
-        queue = [t.clone() for t in parts.keys.queue.contents()] if parts.keys.queue is not None else []
+        same_noise = mock.patch.object(torch, "randn_like", torch.ones_like)        # each process has draws of its own
+        with mock.patch.object(loop, "gradients", noted), same_noise: training.train_step(list(islice(parts.loader, accumulate)))
+        queue = [t.clone() for t in parts.keys.queue.contents()] if parts.keys.queue is not None else list(parts.keys.buffers())
         return [torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts.bare.parameters()]), *values, *queue]
     finally: torch.set_default_dtype(usual)
 
@@ -66,7 +67,7 @@ def balance(loss):
     "Sums of a probe after two steps, in float64."
     torch.set_default_dtype(torch.float64)
     try:
-        r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", **({"queue": 70} if "paco" in loss else {}))
+        r = recipe("digits_lt", loss=loss, views=3, n_max=20, imbalance=4, batch_size=16, dim=8, hidden=8, precision="fp32", **({"queue": 70} if loss in ("paco", "gpaco") else {}))
         with without_batch_statistics(): training = Training(parts := build(r), [probe := Probe(r, 1)])
         parts.views.dtype = torch.float64
         parts.network.train()

@@ -95,7 +95,7 @@ def test_a_step_of(name, data, monkeypatch):
 def test_every_loss_on_photographs(loss, data):
     r = recipe("imagenet_lt_resnet50_90", loss=loss, encoder="resnet18", data=str(data("imagenet_lt")), batch_size=4, size=32)
     run = one_step(r)
-    assert all(math.isfinite(v) for v in run.sums.values()) and r.classifier == ("linear" if "paco" in loss else "cosine")
+    assert all(math.isfinite(v) for v in run.sums.values()) and r.classifier == ("linear" if loss in ("paco", "gpaco") else "cosine")
 
 def test_what_is_frozen_stays(data, monkeypatch):
     monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda *_: None)

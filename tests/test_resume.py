@@ -22,6 +22,8 @@ SMALL = ["views=2", "n_max=20", "imbalance=4", "dim=8", "hidden=8", "batch_size=
 SETTINGS = {                                                          # processes, fields, files with workers
     "bf16":                            (1, ["precision=bf16"], False),
     "fp32, paco's queue":              (1, ["precision=fp32", "loss=paco", "queue=100"], False),
+    "fp32, gcl's noise":               (1, ["precision=fp32", "loss=gcl", "classifier=cosine"], False),
+    "two processes, proco's means":    (2, ["loss=proco"], False),
     "an average of the weights":       (1, ["precision=fp32", "ema=0.9"], False),
     "two processes, accumulating":     (2, ["encoder=forgetful", "accumulate=2"], False),
     "two processes, files, workers":   (2, ["epochs=8"], True),

@@ -27,7 +27,7 @@ from acl_nb.cli import acl_data, acl_train
 from acl_nb.commands import argument_parser, command
 from acl_nb.doctor import acl_doctor
 from acl_nb.evaluation import acl_eval
-from acl_nb.losses import LOSSES, make_loss
+from acl_nb.losses import LOSSES, loss_traits, make_loss
 from acl_nb.recipes import recipe, recipe_from
 from acl_nb.studies import acl_study
 from acl_nb.loop import Diverged, Training
@@ -229,12 +229,15 @@ def batch_of(name):
         return given | dict(logits=torch.randn(8, 4, generator=g))
     if name == "gpaco":
         return dict(z=unit(8, 3, 16), labels=labels, logits=torch.randn(8, 3, 4, generator=g))
-    if name in ("scl", "acl", "bcl"):
+    if name == "proco":
+        return dict(z=unit(8, 3, 16), labels=labels, means=0.8 * unit(4, 16))
+    if loss_traits(name).kind == "contrastive":
         return dict(z=unit(8, 3, 16), labels=labels, centers=unit(4, 16))
     return dict(logits=torch.randn(8, 3, 4, generator=g), labels=labels)
 
 def value_and_gradients(loss, batch):
     batch = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in batch.items()}
+    torch.manual_seed(0)                                    # for a loss that draws
     value = loss(**batch)
     value.backward()
     return [value.detach().cpu(), *(t.grad.cpu() for t in batch.values() if t.grad is not None)]

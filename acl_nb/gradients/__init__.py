@@ -18,8 +18,10 @@ from ..counts import log_prior
 from .scl import PairGradients, class_balance, conflict_rate, embedding_gradient
 from .scl import equal_targets, mean_over_anchors
 from .scl import scl_pair_gradients, softmax_shares
+from ..losses.proco import class_distributions
 from ..pairs import Contrast, _check_unit, check_negatives, contrast
 from ..pairs import key_counts, masked_logsumexp, negative_weights
+from ..vmf import bessel_ratio, log_expected_exp
 
 # %% ../../nbs/380_gradients.ipynb #24dc286b
 _all_ = ["PairGradients", "class_balance", "conflict_rate", "embedding_gradient",
@@ -55,6 +57,23 @@ def _acl_pair_gradients(pairs, aligned=True, negatives="batch", class_counts=Non
         return _aligned(pairs, log_w)
     prob = softmax_shares(pairs, torch.where(pairs.negative, log_w, 0))
     return mean_over_anchors(pairs, prob, prob - equal_targets(pairs))
+
+# %% ../../nbs/380_gradients.ipynb #59979698
+def _dscl_pair_gradients(pairs, alpha=0.1, views=None):
+    "Of pairs whose first keys are the anchors, the views of an image next to each other."
+    require(views is not None, '"dscl" needs `views`, the number of views of an image')
+    n_anchors, n_keys = pairs.sim.shape
+    place = torch.arange(n_keys, device=pairs.sim.device)
+    image = torch.where(place < n_anchors, place // views, -1)        # no image: a centre
+    of_own_image = image[:n_anchors, None] == image
+    own = (pairs.positive & of_own_image).to(pairs.sim)
+    rest = (pairs.positive & ~of_own_image).to(pairs.sim)
+    n_own, n_rest = own.sum(1, keepdim=True), rest.sum(1, keepdim=True)
+    of_own = torch.where(n_rest > 0, alpha, torch.ones_like(n_own))
+    of_rest = torch.where(n_own > 0, 1 - alpha, torch.ones_like(n_rest))
+    target = of_own * own / n_own.clamp_min(1) + of_rest * rest / n_rest.clamp_min(1)
+    prob = softmax_shares(pairs)
+    return mean_over_anchors(pairs, prob, prob - target)
 
 # %% ../../nbs/380_gradients.ipynb #31e48bb2
 def _join(pairs, sim, key_labels):
@@ -92,6 +111,29 @@ def _paco_pair_gradients(pairs, logits=None, class_counts=None, alpha=0.05, beta
     pull = torch.where(joined.positive, alpha * is_sim + beta * (1 - is_sim), 0)
     return mean_over_anchors(joined, prob, prob - pull / pull.sum(1, keepdim=True))
 
+# %% ../../nbs/380_gradients.ipynb #a5f1baa2
+def _expected(sim, means, class_counts, temperature):
+    "[N, C] share of every class, and how fast its logit grows with the similarity."
+    kappa, dim = class_distributions(means)[1], means.shape[-1]
+    shift = 1 / temperature**2 + 2 * kappa * sim
+    prior = log_prior(class_counts, torch.float64).to(sim)
+    share = (prior + log_expected_exp(shift, kappa, dim)).softmax(1)
+    longer = (kappa**2 + shift).clamp_min(0).sqrt()
+    return share, kappa * bessel_ratio(dim / 2 - 1, longer) / longer.clamp_min(1e-30)
+
+# %% ../../nbs/380_gradients.ipynb #76be6cd4
+def _proco_pair_gradients(z, labels, means=None, class_counts=None, temperature=0.1):
+    complete = means is not None and class_counts is not None
+    require(complete, '"proco" needs `means` and `class_counts`')
+    means = means.to(z if z.dtype == torch.float64 else z.float())
+    pairs = contrast(z, labels, temperature, class_distributions(means)[0])
+    n_anchors, n_classes = len(pairs.sim), len(means)
+    share, slope = _expected(pairs.sim[:, n_anchors:], means, class_counts, temperature)
+    own = pairs.labels[:, None] == torch.arange(n_classes, device=z.device)
+    coef = (share - own.to(share)) * slope / n_anchors
+    columns = (F.pad(t, (n_anchors, 0)) for t in (coef, own, ~own))
+    return PairGradients(*columns, pairs.key_labels, F.pad(share, (n_anchors, 0)))
+
 # %% ../../nbs/380_gradients.ipynb #b74bef00
 def _by_autograd(loss):
     "The form of a loss that is a function of a `Contrast`."
@@ -106,7 +148,7 @@ def _by_autograd(loss):
         return PairGradients(coef, pairs.positive, pairs.negative, pairs.key_labels, prob)
     return form
 
-_CLOSED_FORMS = {"scl": scl_pair_gradients, "bcl": _bcl_pair_gradients,
+_CLOSED_FORMS = {"scl": scl_pair_gradients, "dscl": _dscl_pair_gradients, "bcl": _bcl_pair_gradients,
                  "acl": _acl_pair_gradients, "paco": _paco_pair_gradients}
 
 # %% ../../nbs/380_gradients.ipynb #09197ad0
@@ -128,7 +170,7 @@ def _form_and_settings(loss, settings):
 # %% ../../nbs/380_gradients.ipynb #2bed74d7
 @torch.no_grad()
 def gradients_of_pairs(
-    loss,            # "scl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
+    loss,            # "scl" | "dscl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
     pairs:Contrast,  # of a batch at temperature 1, the centres among the keys where the loss has them
     **settings,      # temperature, and those of `pair_gradients` but `keys` and `key_labels`
 ) -> PairGradients:
@@ -148,22 +190,38 @@ def _join_queue(pairs, z, keys, key_labels, temperature):
     sim = z.flatten(0, 1).to(pairs.sim) @ keys.to(pairs.sim).T / temperature
     return _join(pairs, sim, key_labels)
 
+# %% ../../nbs/380_gradients.ipynb #d78d4bf9
+def _of_distributions(z, labels, settings):
+    "ProCo's form, with its settings checked."
+    rule = '"proco" compares with distributions, not with pairs: `z` must be the embeddings'
+    require(not isinstance(z, Contrast), rule)
+    known = list(signature(_proco_pair_gradients).parameters)[2:]
+    unknown = [name for name in settings if name not in known]
+    require(not unknown, f'"proco" takes {", ".join(known)}', ", ".join(unknown))
+    with torch.autocast(z.device.type, enabled=False):
+        return _proco_pair_gradients(z, labels, **settings)
+
 # %% ../../nbs/380_gradients.ipynb #c8f3484a
 @torch.no_grad()
 def pair_gradients(
-    loss,                       # "scl" | "bcl" | "acl" | "paco"; or a function Contrast -> scalar
-    z,                          # [B, V, D] unit length; or a `Contrast`, as for `gradients_of_pairs`
+    loss,                       # "scl" | "dscl" | "bcl" | "acl" | "paco" | "proco"; or a function
+    z,                          # [B, V, D] unit length; or a `Contrast`, not for "proco"
     labels:torch.Tensor=None,   # [B] in 0..C-1
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys; not for "paco"
-    **kw,                       # temperature; "acl": aligned, negatives, class_counts;
+    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys; not for "paco", "proco"
+    **kw,                       # temperature; "dscl": alpha; "proco": means, class_counts;
+                                # "acl": aligned, negatives, class_counts;
                                 # "paco": logits, class_counts, keys, key_labels, alpha, beta, gamma
-) -> PairGradients:             # columns of "paco": anchors, `keys`, then the C logits as keys
+) -> PairGradients:             # columns of "paco": anchors, `keys`, then the C logits as keys;
+                                # of "proco": anchors, then the C classes
     "Derivatives of a batch loss with respect to every similarity, if possible in closed form."
-    no_centers = loss != "paco" or centers is None
-    require(no_centers, '"paco" takes its centres as `logits`, not as `centers`')
+    taken_as = {"paco": "logits", "proco": "means"}.get(loss if isinstance(loss, str) else None)
+    no_centers = taken_as is None or centers is None
+    require(no_centers, f'"{loss}" takes its centres as `{taken_as}`, not as `centers`')
+    if loss == "proco": return _of_distributions(z, labels, kw)
     if isinstance(z, Contrast):
         return gradients_of_pairs(loss, z, **kw)
     form, temperature, (keys, key_labels), settings = _form_and_settings(loss, kw)
+    if form is _dscl_pair_gradients: settings["views"] = z.shape[1]
     pairs = contrast(z, labels, temperature, centers)
     with torch.autocast(z.device.type, enabled=False):
         if keys is not None and len(keys) > 0:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRAITS', 'LOSSES', 'LossTraits', 'loss_traits', 'losses_that', 'make_loss', 'Objective', 'SCLLoss', 'scl_loss',
-           'ACLLoss', 'acl_loss', 'BCLLoss', 'bcl_loss', 'PaCoLoss', 'paco_loss', 'GPaCoLoss', 'gpaco_loss', 'CELoss',
-           'ce_loss', 'LogitAdjustedLoss', 'logit_adjusted_loss', 'LDAMLoss', 'ldam_loss', 'ldam_margins',
-           'ClassBalancedLoss', 'class_balanced_loss', 'class_balanced_weights']
+           'DSCLLoss', 'dscl_loss', 'ACLLoss', 'acl_loss', 'BCLLoss', 'bcl_loss', 'PaCoLoss', 'paco_loss', 'GPaCoLoss',
+           'gpaco_loss', 'ProCoLoss', 'proco_loss', 'ClassMeans', 'CELoss', 'ce_loss', 'LogitAdjustedLoss',
+           'logit_adjusted_loss', 'LDAMLoss', 'ldam_loss', 'ldam_margins', 'ClassBalancedLoss', 'class_balanced_loss',
+           'class_balanced_weights', 'GCLLoss', 'gcl_loss', 'cloud_widths']
 
 # %% ../../nbs/370_losses.ipynb #fa6cc983
 from inspect import signature
@@ -19,18 +20,24 @@ from torch import nn
 from ..checks import choose, require
 from .acl import ACLLoss, acl_loss
 from .bcl import BCLLoss, bcl_loss
-from .logits import CELoss, ClassBalancedLoss, LDAMLoss, LogitAdjustedLoss
+from .logits import CELoss, ClassBalancedLoss, GCLLoss, LDAMLoss, LogitAdjustedLoss
 from .logits import ce_loss, class_balanced_loss, class_balanced_weights
+from .logits import cloud_widths, gcl_loss
 from .logits import ldam_loss, ldam_margins, logit_adjusted_loss
 from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
-from .scl import SCLLoss, scl_loss
+from .proco import ClassMeans, ProCoLoss, proco_loss
+from .scl import DSCLLoss, SCLLoss, dscl_loss, scl_loss
 from ..processes import Share
 
 # %% ../../nbs/370_losses.ipynb #beff276c
-_all_ = ["SCLLoss", "scl_loss", "ACLLoss", "acl_loss", "BCLLoss", "bcl_loss"]
+_all_ = ["SCLLoss", "scl_loss", "DSCLLoss", "dscl_loss"]
+_all_ += ["ACLLoss", "acl_loss", "BCLLoss", "bcl_loss"]
 _all_ += ["PaCoLoss", "paco_loss", "GPaCoLoss", "gpaco_loss"]
-_all_ += ["CELoss", "ce_loss", "LogitAdjustedLoss", "logit_adjusted_loss", "LDAMLoss", "ldam_loss", "ldam_margins"]
+_all_ += ["ProCoLoss", "proco_loss", "ClassMeans"]
+_all_ += ["CELoss", "ce_loss", "LogitAdjustedLoss", "logit_adjusted_loss"]
+_all_ += ["LDAMLoss", "ldam_loss", "ldam_margins"]
 _all_ += ["ClassBalancedLoss", "class_balanced_loss", "class_balanced_weights"]
+_all_ += ["GCLLoss", "gcl_loss", "cloud_widths"]
 
 # %% ../../nbs/370_losses.ipynb #e8d06fcd
 class LossTraits(NamedTuple):
@@ -38,11 +45,12 @@ class LossTraits(NamedTuple):
     module: type               # built with those settings of a recipe that its `__init__` names
     kind: str = "contrastive"  # classifier: of logits | contrastive: beside one | joint: one term of both
     centers: str = "none"      # class centres as keys: none | optional | needed
-    keys: str = "none"         # keys beside the batch: none | queue | encoder, and a queue
+    keys: str = "none"         # beside the batch: none | queue | encoder, and a queue | means
     form: object = None        # closed form: a name or function, as `pair_gradients` takes it
     options: tuple = ()        # attributes of the module that the closed form takes
     usual: dict = {}           # fields of a recipe, unless it or the user says otherwise
     needs: dict = {}           # fields of a recipe that must have this value
+    most: dict = {}            # fields of a recipe that must not be above this value
     more: tuple = ()           # fields of a recipe that are read beside those of `__init__`
 
 # %% ../../nbs/370_losses.ipynb #e9701ff5
@@ -51,7 +59,7 @@ def reads(self:LossTraits): # a set of names
     "Fields of a recipe that change what is learnt with this loss."
     found = {*signature(self.module).parameters, *self.more}
     if self.kind == "contrastive": found |= {"weight", "tau"}
-    if self.keys != "none": found.add("queue")
+    if self.keys in ("queue", "encoder"): found.add("queue")
     if self.keys == "encoder": found.add("key_momentum")
     if self.centers != "none": found.add("centers")
     return found
@@ -71,10 +79,15 @@ TRAITS = {
     "ldam": LossTraits(LDAMLoss, "classifier", needs=dict(classifier="cosine"), more=("drw",),
                        usual=dict(centers="none", classifier="cosine", drw=0.8)),
     "cb": LossTraits(ClassBalancedLoss, "classifier", usual=_NO_CENTERS),
+    "gcl": LossTraits(GCLLoss, "classifier", needs=dict(classifier="cosine"),
+                      usual=dict(centers="none", classifier="cosine")),
     "scl": LossTraits(SCLLoss, centers="optional", form="scl", usual=_NO_CENTERS),
+    "dscl": LossTraits(DSCLLoss, centers="optional", form="dscl", options=("alpha",),
+                       usual=dict(centers="none", alpha=0.1), most=dict(alpha=1)),
     "bcl": LossTraits(BCLLoss, centers="needed", form="bcl", usual=_CENTERS),
     "paco": LossTraits(PaCoLoss, "joint", keys="encoder", form="paco", usual=_QUEUE),
     "gpaco": LossTraits(GPaCoLoss, "joint", keys="queue", form="paco", usual=_QUEUE),
+    "proco": LossTraits(ProCoLoss, keys="means", form="proco", usual=_NO_CENTERS),
     "acl": LossTraits(ACLLoss, centers="optional", form="acl", usual=_CENTERS,
                       options=("aligned", "negatives", "class_counts")),
 }
@@ -158,24 +171,32 @@ def _of_logits(loss, logits, labels, share):
     if share.of > 1 and not more: labels = labels[share.rows(len(labels))]
     return loss(logits, labels, **more)
 
+def _of_embeddings(objective, out, labels, keys, share):
+    "A contrastive loss of all embeddings; ProCo's takes the means of the classes as keys."
+    loss = objective.contrastive
+    more = _passed_on(loss, share)
+    if objective.traits.keys != "means": return loss(out.z, labels, centers=out.centers, **more)
+    require(keys is not None, '"proco" needs `keys`, the mean embedding of every class')
+    return loss(out.z, labels, keys, **more)
+
 # %% ../../nbs/370_losses.ipynb #93c19026
 @patch
 def forward(self:Objective,
     out,                           # z [B, V, D], logits [B, V, C] (of the share), centers [C, D] or None; "paco": V = 1
     labels:torch.Tensor,           # [B] in 0..C-1
-    keys:torch.Tensor=None,        # [K, D] unit length: "paco"'s other views, then a queue; a queue
+    keys:torch.Tensor=None,        # [K, D] a queue; "paco": views, then a queue; "proco": means
     key_labels:torch.Tensor=None,  # [K] in 0..C-1
     share:Share=Share(),           # of the images: whose rows the logits are, and whose terms are computed
 ) -> tuple:                        # scalar, {"classifier": .., "contrastive": ..} or {"joint": ..}
     "The loss and its parts."
     if keys is not None or key_labels is not None: _check_keys(out.z, keys, key_labels)
+    takes_keys = self.traits.keys != "none"
+    require(keys is None or takes_keys, 'only "paco", "gpaco" and "proco" take `keys`')
     if self.traits.kind == "joint":
         parts = {"joint": _joint(self.contrastive, out, labels, keys, key_labels, share)}
         return parts["joint"], parts
-    require(keys is None, 'only "paco" and "gpaco" take `keys`')
     parts = {}
     if self.classifier is not None: parts["classifier"] = _of_logits(self.classifier, out.logits, labels, share)
     if self.contrastive is None: return parts["classifier"], parts
-    more = _passed_on(self.contrastive, share)
-    parts["contrastive"] = self.contrastive(out.z, labels, centers=out.centers, **more)
+    parts["contrastive"] = _of_embeddings(self, out, labels, keys, share)
     return parts.get("classifier", 0) + self.weight * parts["contrastive"], parts

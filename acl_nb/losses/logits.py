@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ce_loss', 'logit_adjusted_loss', 'ldam_margins', 'ldam_loss', 'class_balanced_weights', 'class_balanced_loss',
-           'LDAMLoss', 'CELoss', 'LogitAdjustedLoss', 'ClassBalancedLoss']
+           'cloud_widths', 'gcl_loss', 'LDAMLoss', 'CELoss', 'LogitAdjustedLoss', 'ClassBalancedLoss', 'GCLLoss']
 
 # %% ../../nbs/360_losses.logits.ipynb #f4fd5be8
 import torch
@@ -138,6 +138,41 @@ def class_balanced_loss(
     weights = class_balanced_weights(class_counts, beta)
     return _weighted(flat, labels, weights, all_labels, share)
 
+# %% ../../nbs/360_losses.logits.ipynb #161bb816
+def cloud_widths(
+    class_counts,     # [C] training images of each class, each at least 1
+) -> torch.Tensor:    # float64[C], 0 for the largest class, 1 for the smallest; 0 where all are equal
+    "How wide the cloud of each class's logit is (Li et al. 2022)."
+    log_n = log_prior(class_counts, torch.float64)
+    delta = log_n.max() - log_n
+    return delta / delta.max().clamp_min(torch.finfo(delta.dtype).tiny)
+
+# %% ../../nbs/360_losses.logits.ipynb #1ab9c16f
+def _check_cloud(cloud, margin, scale):
+    require(cloud >= 0, "`cloud` must be at least 0", cloud)
+    require(margin >= 0, "`margin` must be at least 0", margin)
+    require(scale > 0, "`scale` must be positive", scale)
+
+# %% ../../nbs/360_losses.logits.ipynb #c018b019
+def gcl_loss(
+    logits:torch.Tensor,      # [B, C] or [B, V, C], scale · cosine
+    labels:torch.Tensor,      # [B] in 0..C-1
+    class_counts,             # [C] training images of each class, each at least 1
+    cloud:float=0.5,          # a, width of the rarest class's cloud, in cosine
+    margin:float=0.0,         # by which the own class's cosine is lowered as well
+    scale:float=30.0,         # of the cosines in `logits`
+    noise:torch.Tensor=None,  # [N, C] ε, N logits' rows; None: drawn
+    share:Share=Share(),      # whose rows `logits` are; `labels` are those of all shares
+) -> torch.Tensor:            # scalar, mean over all logits' rows
+    "Gaussian clouded logit adjustment (Li et al. 2022)."
+    _check_cloud(cloud, margin, scale)
+    flat, labels, _ = _flat(logits, labels, share)
+    _check_classes("class_counts", class_counts, flat)
+    noise = torch.randn_like(flat) / 3 if noise is None else noise.to(flat)
+    lowered = cloud * noise.clamp(-1, 1).abs() * cloud_widths(class_counts).to(flat)
+    own = margin * F.one_hot(labels, flat.shape[1])
+    return F.cross_entropy(flat - scale * (lowered + own), labels)
+
 # %% ../../nbs/360_losses.logits.ipynb #4399b3e4
 class LDAMLoss(nn.Module):
     "`ldam_loss` as a module; counts and weights are buffers."
@@ -163,7 +198,6 @@ class CELoss(nn.Module):
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
         return ce_loss(logits, labels, share)
 
-# %% ../../nbs/360_losses.logits.ipynb #a9eb9bfd
 class LogitAdjustedLoss(nn.Module):
     "`logit_adjusted_loss` as a module; the counts are a buffer."
     def __init__(self,
@@ -192,3 +226,21 @@ class ClassBalancedLoss(nn.Module):
 
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
         return class_balanced_loss(logits, labels, self.class_counts, self.beta, share)
+
+# %% ../../nbs/360_losses.logits.ipynb #5748aeef
+class GCLLoss(nn.Module):
+    "`gcl_loss` as a module, which draws its noise; the counts are a buffer."
+    def __init__(self,
+        class_counts,      # [C] training images of each class, each at least 1
+        cloud:float=0.5,   # a, width of the rarest class's cloud, in cosine
+        margin:float=0.0,  # by which the own class's cosine is lowered as well
+        scale:float=30.0,  # of the cosines in the logits
+    ):
+        super().__init__()
+        log_prior(class_counts)    # refuses a class without an image now, not at the first batch
+        _check_cloud(cloud, margin, scale)
+        self.settings = dict(cloud=cloud, margin=margin, scale=scale)
+        self.register_buffer("class_counts", torch.as_tensor(class_counts))
+
+    def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
+        return gcl_loss(logits, labels, self.class_counts, **self.settings, share=share)
