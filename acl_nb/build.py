@@ -175,7 +175,7 @@ def build_objective(
     weights:torch.Tensor=None,   # [C] of the classes, of ldam alone
 ) -> Objective:
     "The loss of a recipe."
-    fields_of_losses = ("temperature", "aligned", "negatives", "tau", "alpha", "scale")
+    fields_of_losses = ("temperature", "aligned", "negatives", "tau", "alpha", "scale", "smoothing")
     settings = {field: getattr(r, field) for field in fields_of_losses}
     if weights is not None: settings["weights"] = weights
     return Objective(r.loss, counts, r.weight, r.readout == "classifier", **settings)

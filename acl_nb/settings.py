@@ -180,6 +180,9 @@ class LossSettings:
     negatives: str = setting("batch", one_of(NEGATIVES))  # batch | prior | adjusted | none
     tau: float = setting(1.0, at_least(0))                # strength of the logit adjustment
     alpha: float = setting(0.05, at_least(0))             # of a same-class key; DSCL: of own views
+    smoothing: float = setting(0.0, below_one)            # of the labels, in ce and la
+    mixup: float = setting(0.0, at_least(0))              # α of mixup, for the classifier; 0: none
+    cutmix: float = setting(0.0, at_least(0))             # α of CutMix, for the classifier; 0: none
     drw: float | None = setting(None, below_one)          # re-weighs after this share; None: no
 
 # %% ../nbs/500_settings.ipynb #dc6b7c29
@@ -278,6 +281,10 @@ def _check_needs(r, traits):
     fits = r.drw is None or "drw" in traits.reads
     rule = f"`drw` must be none: of the losses, only {readers} re-weighs"
     require(fits, rule, f"{r.drw} with {r.loss}")
+    mixes = r.mixup or r.cutmix
+    branch = traits.kind == "classifier" or traits.kind == "contrastive" and r.readout == "classifier"
+    rule = "`mixup` and `cutmix` are for a classifier of its own: `loss` must have one that predicts"
+    require(branch or not mixes, rule, f"{r.loss}, {r.readout}")
     for name, value in traits.needs.items():
         rule = f'`loss="{r.loss}"` works with one kind of it only: `{name}` must be {value}'
         require(getattr(r, name) == value, rule, getattr(r, name))

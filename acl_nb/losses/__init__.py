@@ -28,6 +28,7 @@ from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
 from .proco import ClassMeans, ProCoLoss, proco_loss
 from .scl import DSCLLoss, SCLLoss, dscl_loss, scl_loss
 from ..processes import Share
+from ..views.mixing import mixed_loss
 
 # %% ../../nbs/370_losses.ipynb #beff276c
 _all_ = ["SCLLoss", "scl_loss", "DSCLLoss", "dscl_loss"]
@@ -58,7 +59,8 @@ class LossTraits(NamedTuple):
 def reads(self:LossTraits): # a set of names
     "Fields of a recipe that change what is learnt with this loss."
     found = {*signature(self.module).parameters, *self.more}
-    if self.kind == "contrastive": found |= {"weight", "tau"}
+    if self.kind == "contrastive": found |= {"weight", "tau", "smoothing"}
+    if self.kind != "joint": found |= {"mixup", "cutmix"}
     if self.keys in ("queue", "encoder"): found.add("queue")
     if self.keys == "encoder": found.add("key_momentum")
     if self.centers != "none": found.add("centers")
@@ -187,6 +189,7 @@ def forward(self:Objective,
     keys:torch.Tensor=None,        # [K, D] a queue; "paco": views, then a queue; "proco": means
     key_labels:torch.Tensor=None,  # [K] in 0..C-1
     share:Share=Share(),           # of the images: whose rows the logits are, and whose terms are computed
+    mixed:tuple=None,              # (partners [B], λ) where the images of the logits were mixed
 ) -> tuple:                        # scalar, {"classifier": .., "contrastive": ..} or {"joint": ..}
     "The loss and its parts."
     if keys is not None or key_labels is not None: _check_keys(out.z, keys, key_labels)
@@ -196,7 +199,9 @@ def forward(self:Objective,
         parts = {"joint": _joint(self.contrastive, out, labels, keys, key_labels, share)}
         return parts["joint"], parts
     parts = {}
-    if self.classifier is not None: parts["classifier"] = _of_logits(self.classifier, out.logits, labels, share)
+    if self.classifier is not None:
+        of = lambda labels: _of_logits(self.classifier, out.logits, labels, share)
+        parts["classifier"] = of(labels) if mixed is None else mixed_loss(of, labels, *mixed)
     if self.contrastive is None: return parts["classifier"], parts
     parts["contrastive"] = _of_embeddings(self, out, labels, keys, share)
     return parts.get("classifier", 0) + self.weight * parts["contrastive"], parts

@@ -43,10 +43,11 @@ def ce_loss(
     logits:torch.Tensor,  # [B, C] or [B, V, C]
     labels:torch.Tensor,  # [B] in 0..C-1
     share:Share=Share(),  # whose rows `logits` are; `labels` are those of all shares
+    smoothing:float=0.,   # ε: of the label's weight that all classes share (Szegedy et al. 2016)
 ) -> torch.Tensor:        # scalar, mean over all logits' rows
     "Softmax cross-entropy."
     flat, labels, _ = _flat(logits, labels, share)
-    return F.cross_entropy(flat, labels)
+    return F.cross_entropy(flat, labels, label_smoothing=smoothing)
 
 # %% ../../nbs/360_losses.logits.ipynb #adf5b32f
 def _check_classes(name, values, flat):
@@ -61,12 +62,13 @@ def logit_adjusted_loss(
     class_counts,         # [C] training images of each class, each at least 1
     tau:float=1.0,        # strength; 0 is cross-entropy
     share:Share=Share(),  # whose rows `logits` are; `labels` are those of all shares
+    smoothing:float=0.,   # ε, as for `ce_loss`
 ) -> torch.Tensor:        # scalar, mean over all logits' rows
     "Cross-entropy with the log-prior added to the logits (Menon et al. 2021; Ren et al. 2020)."
     flat, labels, _ = _flat(logits, labels, share)
     _check_classes("class_counts", class_counts, flat)
     prior = log_prior(class_counts, torch.float64).to(flat)
-    return F.cross_entropy(flat + tau * prior, labels)
+    return F.cross_entropy(flat + tau * prior, labels, label_smoothing=smoothing)
 
 # %% ../../nbs/360_losses.logits.ipynb #9f60cc13
 def ldam_margins(
@@ -195,22 +197,31 @@ class LDAMLoss(nn.Module):
 # %% ../../nbs/360_losses.logits.ipynb #84493145
 class CELoss(nn.Module):
     "`ce_loss` as a module."
+    def __init__(self,
+        smoothing:float=0.,  # ε, 0 <= ε < 1: of the label's weight that all classes share
+    ):
+        super().__init__()
+        require(0 <= smoothing < 1, "`smoothing` must be at least 0 and below 1", smoothing)
+        self.smoothing = smoothing
+
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
-        return ce_loss(logits, labels, share)
+        return ce_loss(logits, labels, share, self.smoothing)
 
 class LogitAdjustedLoss(nn.Module):
     "`logit_adjusted_loss` as a module; the counts are a buffer."
     def __init__(self,
         class_counts,   # [C] training images of each class, each at least 1
         tau:float=1.0,  # strength; 0 is cross-entropy
+        smoothing:float=0.,  # ε, as for `CELoss`
     ):
         super().__init__()
+        require(0 <= smoothing < 1, "`smoothing` must be at least 0 and below 1", smoothing)
         log_prior(class_counts)    # refuses a class without an image now, not at the first batch
         self.register_buffer("class_counts", torch.as_tensor(class_counts))
-        self.tau = tau
+        self.tau, self.smoothing = tau, smoothing
 
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
-        return logit_adjusted_loss(logits, labels, self.class_counts, self.tau, share)
+        return logit_adjusted_loss(logits, labels, self.class_counts, self.tau, share, self.smoothing)
 
 # %% ../../nbs/360_losses.logits.ipynb #4f065082
 class ClassBalancedLoss(nn.Module):
