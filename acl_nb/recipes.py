@@ -83,6 +83,8 @@ LOSS_SETTINGS = {name: traits.usual for name, traits in TRAITS.items()}
 _PACO_CIFAR = dict(views=2, temperature=0.05, alpha=0.01, queue=1024, dim=32)
 _PACO_LARGE = dict(views=2, temperature=0.2, alpha=0.05, queue=8192, dim=128, classifier="linear")
 _GPACO_IMAGENET_LT = dict(_PACO_LARGE, alpha=0.045, policy="imagenet_rand+imagenet_sim_rand")
+_PROCO_CIFAR = dict(weight=1.0, temperature=0.1)
+_PROCO_LARGE = dict(weight=1.0, temperature=0.07, views=3, dim=1024, classifier="cosine", scale=30)
 
 DATA_LOSS_SETTINGS = {
     ("cifar10_lt", "paco"): _PACO_CIFAR,
@@ -97,6 +99,10 @@ DATA_LOSS_SETTINGS = {
     ("imagenet", "gpaco"): _PACO_LARGE,
     ("places_lt", "paco"): _PACO_LARGE,
     ("places_lt", "gpaco"): dict(_PACO_LARGE, alpha=0.02),
+    ("cifar10_lt", "proco"): _PROCO_CIFAR,
+    ("cifar100_lt", "proco"): _PROCO_CIFAR,
+    ("imagenet_lt", "proco"): _PROCO_LARGE,
+    ("inaturalist18", "proco"): _PROCO_LARGE,
 }
 
 # %% ../nbs/510_recipes.ipynb #e7e6ddf6
