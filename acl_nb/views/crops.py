@@ -135,12 +135,12 @@ def _resample(images, columns, rows):
     w = columns.shape[2]
     h = rows.shape[2]
     columns, rows = columns.to(images.device), rows.to(images.device)
-    half = torch.full((), 0.5, device=images.device, dtype=torch.float32)
+    x = images.transpose(1, 2).reshape(n, H*C, W).float().sub_(128)
     with _exact_products(images.device):
-        x = torch.baddbmm(half, images.reshape(n, C*H, W).float().sub_(128), columns).floor_()
-        x = x.view(n, C, H, w).transpose(2, 3).reshape(n, C*w, H)
-        x = torch.baddbmm(half, x, rows).floor_().add_(128).to(torch.int32)
-    return x.view(n, C, w, h).transpose(2, 3).to(torch.uint8)
+        x = torch.bmm(x, columns).add_(0.5).floor_()
+        x = torch.bmm(rows.transpose(1, 2), x.view(n, H, C*w))
+    pixels = x.add_(128 + 0.5).to(torch.int16).to(torch.uint8)
+    return pixels.view(n, h, C, w).transpose(1, 2).contiguous()
 
 # %% ../../nbs/22_views.crops.ipynb #2530d2b1
 def crop_batch(
