@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
 from ..products import float32_products
-from .draws import brought_to, on_host, with_float64
+from .draws import brought_to, kept_on, on_host, with_float64
 from .ops import in_blocks, on_some
 
 # %% ../../nbs/22_views.crops.ipynb #3dc7de2c
@@ -121,6 +121,21 @@ def _weights(start, size, n_in, n_out):
     total = minus.sum(1, keepdim=True, dtype=torch.float64).float()
     return minus.mul_(2**16 / total).round_().mul_(2**-16)
 
+# %% ../../nbs/22_views.crops.ipynb #734d1817
+_MOST_KEPT = 2**20      # weights in a table
+
+def _every_weights(n_in, n_out):
+    "`_weights` of each box along an axis: [n_in · n_in, n_in, n_out], by start, then by size."
+    start, size = torch.cartesian_prod(torch.arange(n_in), torch.arange(1, n_in + 1)).float().unbind(1)
+    return _weights(start, size, n_in, n_out)
+
+def _weights_of(start, size, n_in, n_out):
+    "`_weights`, looked up where all of them are few."
+    if n_in**3 * n_out > _MOST_KEPT:
+        return _weights(start, size, n_in, n_out)
+    table = kept_on(start.device, _every_weights, n_in, n_out)
+    return table.index_select(0, (start * n_in + size - 1).long())
+
 # %% ../../nbs/22_views.crops.ipynb #bed00878
 @contextmanager
 def _exact_products(device):
@@ -145,14 +160,14 @@ def _resample(images, columns, rows):
 # %% ../../nbs/22_views.crops.ipynb #2530d2b1
 def crop_batch(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    boxes:torch.Tensor,   # [B, 4] top, left, height, width; on any device
+    boxes:torch.Tensor,   # [B, 4] whole numbers: top, left, height, width; on any device
     size:int,             # height and width of the result, in pixels
 ) -> torch.Tensor:        # uint8 [B, C, size, size]
     "Cut a box out of each image and scale it to a square (bilinear, antialiased)."
     def _cut(x, box):
         H, W = x.shape[2:]
         top, left, h, w = box.unbind(1)
-        return _resample(x, _weights(left, w, W, size), _weights(top, h, H, size))
+        return _resample(x, _weights_of(left, w, W, size), _weights_of(top, h, H, size))
 
     boxes = with_float64(brought_to(images.device, boxes.float()))
     return in_blocks(_cut, images, boxes)
