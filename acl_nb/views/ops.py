@@ -264,13 +264,15 @@ CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _GROUPS = [None, geometric, *list(OPERATIONS.values())[len(GEOMETRIC):]]
 
 # %% ../../nbs/21_views.ops.ipynb #c769a81b
+_IN_CACHE = 3 * 2**16    # values of the images of a block
+
 def in_blocks(
     operation,            # function (images, …) -> images, each image by itself
     images:torch.Tensor,  # [n, C, H, W]
     *others,              # more arguments [n, …]
 ) -> torch.Tensor:        # the results, together
     "Run an operation on a CPU in blocks that fit the cache; on other devices at once."
-    n_blocks = ceil(images.numel() / 2**17)
+    n_blocks = ceil(images.numel() / _IN_CACHE)
     if n_blocks <= 1 or not images.is_cpu:
         return operation(images, *others)
     blocks = zip(*(t.chunk(n_blocks) for t in (images, *others)))
