@@ -7,6 +7,7 @@ __all__ = ['ViewPipeline', 'Draws', 'Policy', 'POLICIES']
 
 # %% ../../nbs/240_views.ipynb #5dd08118
 import inspect
+from math import ceil
 
 import torch
 from fastcore.basics import patch
@@ -200,14 +201,15 @@ def _write(self:ViewPipeline, x, out, views):
 
 # %% ../../nbs/240_views.ipynb #34f9c946
 def _together(device, view_bytes):
-    "How many images are done together: on a CPU about a megabyte of views, elsewhere 32."
-    megabytes = 1 if device.type == "cpu" else 32
+    "How many images are done together: on a CPU about four megabytes of views, elsewhere 32."
+    megabytes = 4 if device.type == "cpu" else 32
     return max(1, megabytes * 2**20 // max(1, view_bytes))
 
 def _parts(images, n_views):
-    "The parts of a batch that are done together, as slices."
+    "The parts of a batch that are done together, as slices of about equal length."
     B = len(images)
-    step = _together(images.device, n_views * images[:1].numel())
+    most = _together(images.device, n_views * images[:1].numel())
+    step = ceil(B / ceil(B / most)) if B else 1
     return [slice(start, min(start + step, B)) for start in range(0, B, step)]
 
 @patch

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from ..checks import require
 from ..products import float32_products
-from .draws import brought_to, on_host, with_float64
+from .draws import brought_to, kept_on, on_host, with_float64
 from .ops import in_blocks, on_some
 
 # %% ../../nbs/220_views.crops.ipynb #3dc7de2c
@@ -122,6 +122,21 @@ def _weights(start, size, n_in, n_out):
     total = minus.sum(1, keepdim=True, dtype=torch.float64).float()
     return minus.mul_(2**16 / total).round_().mul_(2**-16)
 
+# %% ../../nbs/220_views.crops.ipynb #734d1817
+_MOST_KEPT = 2**20      # weights in a table
+
+def _every_weights(n_in, n_out):
+    "`_weights` of each box along an axis: [n_in · n_in, n_in, n_out], by start, then by size."
+    start, size = torch.cartesian_prod(torch.arange(n_in), torch.arange(1, n_in + 1)).float().unbind(1)
+    return _weights(start, size, n_in, n_out)
+
+def _weights_of(start, size, n_in, n_out):
+    "`_weights`, looked up where all of them are few."
+    if n_in**3 * n_out > _MOST_KEPT:
+        return _weights(start, size, n_in, n_out)
+    table = kept_on(start.device, _every_weights, n_in, n_out)
+    return table.index_select(0, (start * n_in + size - 1).long())
+
 # %% ../../nbs/220_views.crops.ipynb #bed00878
 @contextmanager
 def _exact_products(device):
@@ -136,24 +151,24 @@ def _resample(images, columns, rows):
     w = columns.shape[2]
     h = rows.shape[2]
     columns, rows = columns.to(images.device), rows.to(images.device)
-    half = torch.full((), 0.5, device=images.device, dtype=torch.float32)
+    x = images.transpose(1, 2).reshape(n, H*C, W).float().sub_(128)
     with _exact_products(images.device):
-        x = torch.baddbmm(half, images.reshape(n, C*H, W).float().sub_(128), columns).floor_()
-        x = x.view(n, C, H, w).transpose(2, 3).reshape(n, C*w, H)
-        x = torch.baddbmm(half, x, rows).floor_().add_(128).to(torch.int32)
-    return x.view(n, C, w, h).transpose(2, 3).to(torch.uint8)
+        x = torch.bmm(x, columns).add_(0.5).floor_()
+        x = torch.bmm(rows.transpose(1, 2), x.view(n, H, C*w))
+    pixels = x.add_(128 + 0.5).to(torch.int16).to(torch.uint8)
+    return pixels.view(n, h, C, w).transpose(1, 2).contiguous()
 
 # %% ../../nbs/220_views.crops.ipynb #2530d2b1
 def crop_batch(
     images:torch.Tensor,  # uint8 [B, C, H, W]
-    boxes:torch.Tensor,   # [B, 4] top, left, height, width; on any device
+    boxes:torch.Tensor,   # [B, 4] whole numbers: top, left, height, width; on any device
     size:int,             # height and width of the result, in pixels
 ) -> torch.Tensor:        # uint8 [B, C, size, size]
     "Cut a box out of each image and scale it to a square (bilinear, antialiased)."
     def _cut(x, box):
         H, W = x.shape[2:]
         top, left, h, w = box.unbind(1)
-        return _resample(x, _weights(left, w, W, size), _weights(top, h, H, size))
+        return _resample(x, _weights_of(left, w, W, size), _weights_of(top, h, H, size))
 
     boxes = with_float64(brought_to(images.device, boxes.float()))
     return in_blocks(_cut, images, boxes)

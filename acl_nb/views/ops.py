@@ -8,6 +8,8 @@ __all__ = ['OPERATIONS', 'CODES', 'brightness', 'grey', 'color', 'contrast', 'sh
            'compile_operations']
 
 # %% ../../nbs/210_views.ops.ipynb #050ffc32
+from math import ceil
+
 import torch
 import torch.nn.functional as F
 
@@ -19,12 +21,17 @@ def _each(values):
     "[n] as [n, 1, 1, 1], to be multiplied with images."
     return values.view(-1, 1, 1, 1)
 
+def _whole(x):
+    "Numbers in 0..255 as bytes, the fraction dropped; by 16 bits, since a CPU has no fast way from float to byte."
+    return x.to(torch.int16).to(torch.uint8)
+
 def _bytes(x):
     "Cut off at 0 and 255, and the fraction dropped."
-    return x.clamp_(0, 255).to(torch.int32).to(torch.uint8)
+    return _whole(x.clamp_(0, 255))
 
-def _blend(images, poorer, magnitude):
-    return _bytes(images.float().sub_(poorer).mul_(_each(1 + magnitude)).add_(poorer))
+def _blend(x, poorer, magnitude):
+    "Of float images, which are overwritten."
+    return _bytes(x.sub_(poorer).mul_(_each(1 + magnitude)).add_(poorer))
 
 # %% ../../nbs/210_views.ops.ipynb #7fea8216
 def brightness(
@@ -35,14 +42,20 @@ def brightness(
     return _bytes(images.float().mul_(_each(1 + magnitude)))
 
 # %% ../../nbs/210_views.ops.ipynb #ca2912ba
+_RED, _GREEN, _BLUE = (weight / 2**16 for weight in (19595, 38470, 7471))
+
+def _luminance(x):
+    "Whole numbers, float [n, 1, H, W], of float [n, C, H, W]."
+    if x.shape[1] == 1:
+        return x
+    r, g, b = x.split(1, 1)
+    return (r * _RED).add_(g, alpha=_GREEN).add_(b, alpha=_BLUE).add_(0.5).floor_()
+
 def grey(
     images:torch.Tensor,  # uint8 [n, C, H, W], C = 1 or 3
 ) -> torch.Tensor:        # uint8 [n, 1, H, W]
     "Luminance (ITU-R 601) with PIL's fixed-point weights."
-    if images.shape[1] == 1:
-        return images
-    r, g, b = images.int().split(1, 1)
-    return ((r*19595 + g*38470 + b*7471 + 32768) >> 16).to(torch.uint8)
+    return _whole(_luminance(images.float()))
 
 # %% ../../nbs/210_views.ops.ipynb #9d1e2ea3
 def color(
@@ -50,7 +63,10 @@ def color(
     magnitude:torch.Tensor,  # [n], -1 grey … 0 unchanged … 1 twice as colourful
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Away from grey, or towards it: saturation."
-    return _blend(images, grey(images), magnitude)
+    if images.shape[1] == 1:
+        return images
+    x = images.float()
+    return _blend(x, _luminance(x), magnitude)
 
 # %% ../../nbs/210_views.ops.ipynb #a9716d93
 def contrast(
@@ -58,9 +74,11 @@ def contrast(
     magnitude:torch.Tensor,  # [n], -1 flat … 0 unchanged … 1 twice the contrast
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Away from the image's mean grey, or towards it; not `acl_nb.pairs.contrast`, which contrasts embeddings."
-    pixels = images.shape[2] * images.shape[3]
-    mean = (2 * grey(images).flatten(1).sum(1) + pixels) // (2 * pixels)
-    return _blend(images, _each(mean.float()), magnitude)
+    x = images.float()
+    pixels = x.shape[2] * x.shape[3]
+    total = _luminance(x).sum(3).long().sum((1, 2))     # a row is exact in float32, an image in whole numbers
+    mean = (2 * total + pixels) // (2 * pixels)
+    return _blend(x, _each(mean.float()), magnitude)
 
 # %% ../../nbs/210_views.ops.ipynb #458c6053
 def _smoothed(images):
@@ -76,7 +94,7 @@ def sharpness(
     magnitude:torch.Tensor,  # [n], -1 smooth … 0 unchanged … 1 sharper
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Away from a smoothed copy, or towards it."
-    return _blend(images, _smoothed(images), magnitude)
+    return _blend(images.float(), _smoothed(images), magnitude)
 
 # %% ../../nbs/210_views.ops.ipynb #57724949
 def invert(
@@ -191,15 +209,18 @@ def geometric(
 
 # %% ../../nbs/210_views.ops.ipynb #9b3c6c22
 def _hue_and_range(f):
-    "Hue in sixths of the circle, chroma, smallest and largest channel, each [n, H, W], of float [n, 3, H, W]."
+    """Hue in sixths of the circle, chroma, smallest and largest channel, each [n, H, W].
+
+    Of float [n, 3, H, W], which is overwritten.
+    """
     r, g, b = f.unbind(1)
     high = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
     c = high - low
     from_red = g - b
     from_green = (b - r).add_(c, alpha=2)
-    from_blue = (r - g).add_(c, alpha=4)
-    turn = torch.where(high == r, from_red, torch.where(high == g, from_green, from_blue))
+    turn = (r - g).add_(c, alpha=4)                                     # from blue
+    turn.lerp_(from_green, g.eq_(high)).lerp_(from_red, r.eq_(high))
     return turn.div_(c.clamp_min(1)), c, low, high
 
 # %% ../../nbs/210_views.ops.ipynb #b9b51341
@@ -218,9 +239,11 @@ def hue(
     for k, middle in enumerate((3, 2, 4)):
         torch.sub(h, middle, out=out[:, k])
     out.abs_().clamp_(1, 2).mul_(c[:, None])                            # c·d
-    out[:, 0].add_(low - c + 0.5)                                       # red rises with it,
-    torch.sub((high + c + 0.5)[:, None], out[:, 1:], out=out[:, 1:])    # green and blue fall
-    return out.to(torch.int32).to(torch.uint8)
+    red, green_and_blue = out[:, 0], out[:, 1:]
+    red.add_(low.sub_(c).add_(0.5))                                     # red rises with it,
+    highest = high.add_(c).add_(0.5)[:, None]
+    torch.sub(highest, green_and_blue, out=green_and_blue)              # green and blue fall
+    return _whole(out)
 
 # %% ../../nbs/210_views.ops.ipynb #e9568eb5
 OPERATIONS = {
@@ -241,18 +264,18 @@ CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _GROUPS = [None, geometric, *list(OPERATIONS.values())[len(GEOMETRIC):]]
 
 # %% ../../nbs/210_views.ops.ipynb #c769a81b
+_IN_CACHE = 3 * 2**16    # values of the images of a block
+
 def in_blocks(
     operation,            # function (images, …) -> images, each image by itself
     images:torch.Tensor,  # [n, C, H, W]
     *others,              # more arguments [n, …]
 ) -> torch.Tensor:        # the results, together
     "Run an operation on a CPU in blocks that fit the cache; on other devices at once."
-    n = len(images)
-    at_once = 2**18 // images[0].numel() if images.device.type == "cpu" and n else n
-    size = max(1, at_once)
-    if n <= size:
+    n_blocks = ceil(images.numel() / _IN_CACHE)
+    if n_blocks <= 1 or not images.is_cpu:
         return operation(images, *others)
-    blocks = zip(*(t.split(size) for t in (images, *others)))
+    blocks = zip(*(t.chunk(n_blocks) for t in (images, *others)))
     return torch.cat([operation(*block) for block in blocks])
 
 # %% ../../nbs/210_views.ops.ipynb #b7f42c81
