@@ -146,7 +146,7 @@ def place_means(
     "Put class means in place, where the network is read out by them."
     if network.means is None: return
     sums, was_training = torch.zeros_like(network.means), network.training
-    dataset = cut_where_decoded(parts.data.train, parts.plain)
+    dataset = cut_where_decoded(parts.train, parts.plain)
     loader = load_batches(dataset, share_of_test(len(dataset)), parts.workers)
     network.eval()
     for images, labels, _ in batches_of(loader):
