@@ -102,7 +102,7 @@ def outputs_of(
             features = network.features(images)
         z = network.head(features) if contrastive else F.normalize(features.flatten(1), dim=1)
         logits = network.read_out(features)
-        found.append((features.cpu(), z.float().cpu(), logits.cpu(), labels))
+        found.append((features.cpu(), z.float().cpu(), logits.cpu(), labels.cpu()))
     return Outputs(*map(torch.cat, zip(*found)))
 
 # %% ../nbs/680_answers.ipynb #9cc86e61

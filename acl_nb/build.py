@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
-from torch.utils.data import DataLoader
 
 from .checks import require
 from .datasets import DATASETS, LongTailed, facts_of
@@ -24,7 +23,7 @@ from .encoders import load_pretrained, load_weights
 from .finetuning import add_lora, checkpoint_activations, fitted_to, freeze, make_optimizer
 from .finetuning import parameter_groups, side_of_input, wanted_statistics
 from .loading import EpochBatches, count_workers, cut_where_decoded
-from .loading import load_batches, share_of_test
+from .loading import load_batches, placed, share_of_test
 from .losses import Objective, class_balanced_weights, loss_traits
 from .keys import EncoderKeys, KeySource, MeanKeys, QueueKeys
 from .networks import Network
@@ -226,11 +225,11 @@ class Parts:
     data: LongTailed
     views: ViewPipeline     # of training
     plain: ViewPipeline     # of tests, one view
-    train: object           # the training images, as crops where workers decode files
+    train: object           # the training images, on the device, or as crops where workers decode
     test: object            # the test images, likewise
     batches: EpochBatches
-    loader: DataLoader      # of the training images
-    test_loader: DataLoader # of this process's share of the test
+    loader: object          # of `load_batches`, of the training images
+    test_loader: object     # of this process's share of the test
     workers: int            # processes that load images
     bare: Network
     network: nn.Module
@@ -288,10 +287,11 @@ def is_finite(
     return bool(sound.all())
 
 # %% ../nbs/550_build.ipynb #0ebec498
-def _build_loading(r, data, workers, dtype):
+def _build_loading(r, data, workers, dtype, device):
     "The fields of `Parts` from `views` to `workers`."
     views, plain = build_views(r, data, dtype)
-    train, test = cut_where_decoded(data.train, views), cut_where_decoded(data.test, plain)
+    train, test = placed((data.train, data.test), device, r.data_on)
+    train, test = cut_where_decoded(train, views), cut_where_decoded(test, plain)
     batches = EpochBatches(len(train), r.batch_size, r.seed, data.train.labels, r.sampling)
     images = batches.size // world_size()
     rule = "a process's batch must hold at least two views, for its batch statistics"
@@ -337,7 +337,7 @@ def build(
     setup = setup or find_setup(recipe, accelerator.device)
     data = _build_data_once_per_machine(recipe, accelerator)
     dtype = _views_dtype(accelerator.device, setup["precision"])
-    loading = _build_loading(recipe, data, workers, dtype)
+    loading = _build_loading(recipe, data, workers, dtype, accelerator.device)
     learning = _build_learning(recipe, data, accelerator, setup["precision"])
     seed_rank(recipe.seed)
     return Parts(recipe, accelerator, setup, data, **loading, **learning)

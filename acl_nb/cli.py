@@ -31,7 +31,7 @@ from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run
 from .report import accuracy_line, images_line, run_intervals
-from .settings import DataSettings, LossSettings, NetworkSettings, Recipe
+from .settings import LOCATIONS, DataSettings, LossSettings, NetworkSettings, Recipe
 from .trainer import fit
 
 # %% ../nbs/750_cli.ipynb #f6ea9614
@@ -45,7 +45,7 @@ def default_folder(
 ) -> Path:             # runs/NAME[-field=value …]
     "Folder of a run, named after the recipe and the fields that differ from it."
     before = asdict(usual) if usual else _usual_fields(r)
-    before["data"] = r.data                 # where the files lie makes no other run
+    before |= {field: getattr(r, field) for field in LOCATIONS}     # another place makes no other run
     changed = [f"{field}={value}" for field, value in asdict(r).items() if value != before[field]]
     name = re.sub(r"[^\w.=-]", "_", "-".join([r.name, *changed]))
     if len(name.encode()) > 200:

@@ -147,7 +147,7 @@ def class_sums(
 ) -> torch.Tensor:        # [C, width]
     "Sums of the answers to the training images, as a test sees them, by class."
     was_training = network.training
-    dataset = cut_where_decoded(parts.data.train, parts.plain)
+    dataset = cut_where_decoded(parts.train, parts.plain)
     loader = load_batches(dataset, share_of_test(len(dataset)), parts.workers)
     network.eval()
     for images, labels, _ in batches_of(loader):

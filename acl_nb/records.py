@@ -38,7 +38,7 @@ from .plots import plot_balance, plot_balance_history, plot_confusion
 from .plots import plot_counts, plot_curves, plot_per_class, plot_reliability
 from .priors import fixed_curve, plot_shift
 from .recipes import read_json
-from .settings import Recipe
+from .settings import LOCATIONS, Recipe
 
 # %% ../nbs/520_records.ipynb #422f8f38
 def _written(error, path):
@@ -246,7 +246,7 @@ class Run(RunFiles):
 def _differences(recipe, other):
     "Fields in which two recipes differ; where the files lie is no difference."
     mine = asdict(recipe)
-    fields = [field for field in {**mine, **other} if field != "data"]
+    fields = [field for field in {**mine, **other} if field not in LOCATIONS]
     differ = [field for field in fields if mine.get(field) != other.get(field)]
     return [f"{field} is {other.get(field)!r} there, {mine.get(field)!r} here" for field in differ]
 
@@ -279,7 +279,7 @@ def fingerprint(
     recipe:Recipe,  # of the run
 ) -> str:           # 16 hexadecimal digits; where the files lie makes no difference
     "What its checkpoints are marked with."
-    settings = {field: value for field, value in asdict(recipe).items() if field != "data"}
+    settings = {field: value for field, value in asdict(recipe).items() if field not in LOCATIONS}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/520_records.ipynb #c2d63592

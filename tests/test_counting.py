@@ -10,12 +10,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from acl_nb import row_kernel
 from acl_nb.build import build
 from acl_nb.checks import check_again
 from acl_nb.counts import class_counts
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
+from acl_nb.loading import EpochBatches, sent_to
 from acl_nb.loop import READ_EVERY, Training
 from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, dscl_loss, gcl_loss, gpaco_loss
 from acl_nb.losses import ldam_loss, logit_adjusted_loss, paco_loss, proco_loss, scl_loss
@@ -26,12 +28,7 @@ from acl_nb.views import ViewPipeline
 
 STEPS, BATCH, CLASSES = 40, 8, 100
 OPERATIONS = {"views": 110, "network": 175, "loss": 90, "backward": 190, "the rest": 30}    # per step, at most
-
-class Pinned:
-    "A loader whose batches lie in pinned memory, as on a machine with a GPU."
-    def __init__(self, loader): self.loader = loader
-    def __iter__(self):
-        for batch in self.loader: yield [t.pin_memory() for t in batch]
+GATHER = 2              # operations per batch of images that lie on the device: the images, the labels
 
 def in_memory(n):
     "Random images in the place of CIFAR-100-LT."
@@ -44,9 +41,7 @@ def on_gpu(gpu, r):
     "A recipe's training, on that GPU."
     launcher = SimpleNamespace(device=gpu.device, is_local_main_process=True)
     launcher.prepare_model = lambda network: network
-    parts = build(r, launcher)
-    parts.loader = Pinned(parts.loader)
-    return Training(parts)
+    return Training(build(r, launcher))
 
 def waits_of_steps(gpu, run, most):
     "Synchronisations of each of the first steps."
@@ -104,6 +99,23 @@ def test_a_cifar_step_waits_for_the_gpu_once_in_twenty_steps_beside_its_views():
     assert found["views"][1] * STEPS <= 10, gpu.places.most_common(10)      # tables are copied once
     for name, (operations, _) in found.items():
         assert operations <= OPERATIONS[name], (name, operations)
+
+@pytest.mark.parametrize("place, operations", [("auto", GATHER), ("host", 2)])
+def test_loading_images_in_memory_never_waits(place, operations):
+    data, batches = in_memory(STEPS * BATCH), STEPS
+    with mock.patch.dict(DATASETS, cifar100_lt=lambda *args, **more: data), PretendGPU() as gpu:
+        run = on_gpu(gpu, recipe("cifar100_lt", precision="fp32", batch_size=BATCH, epochs=1, data_on=place))
+        parts = run.parts
+        def loaded(): return [sent_to(gpu.device, *batch[:2]) + [batch[2]] for batch in parts.loader]
+        found, operated, waits = gpu.cost(loaded)
+        assert {t.device.type for images, labels, ids in found for t in (images, labels)} == {"cuda"}
+        assert all(ids.device.type == "cpu" for *_, ids in found)            # they feed the draws of the host
+        on_host = [[t.cpu() for t in batch] for batch in found]
+    assert waits == 0, gpu.places.most_common(10)
+    assert operated <= batches * operations + 1                              # the positions of all batches in one copy
+    order = DataLoader(data.train, batch_sampler=EpochBatches(STEPS * BATCH, BATCH, run.parts.recipe.seed), collate_fn=list)
+    for there, here in zip(on_host, order, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
 
 LOSSES = {"acl, adjusted": dict(loss="acl", negatives="adjusted"), "scl": dict(loss="scl"), "dscl": dict(loss="dscl"),
           "bcl": dict(loss="bcl"),
