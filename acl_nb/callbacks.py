@@ -27,7 +27,8 @@ from .checks import BadInput
 from .counts import shot_groups
 from .datasets.decoders import Note
 from .intervals import accuracy_intervals
-from .loop import READ_EVERY, Diverged, Training, checkpoint_of, read_steps
+from .judging import Diverged
+from .loop import READ_EVERY, Training, checkpoint_of, read_steps
 from .momentum import MomentumCopy
 from .models import WEIGHTS, describe_model, save_model
 from .networks import Network

@@ -19,7 +19,8 @@ from .callbacks import TRACKERS, Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
 from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
-from .loop import Diverged, Training, class_sums, go_on_from
+from .judging import Diverged, class_sums
+from .loop import Training, go_on_from
 from .processes import Stopped, from_first, rank, require_same, world_size
 from .records import Run, begin_folder, check_data, fingerprint, hold_folder, open_folder
 from .settings import Recipe

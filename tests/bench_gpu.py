@@ -25,7 +25,8 @@ from acl_nb.doctor import stand_in
 from acl_nb.losses import acl_loss, scl_loss
 from acl_nb.build import build
 from acl_nb.recipes import recipe
-from acl_nb.loop import Training, predict
+from acl_nb.judging import predict
+from acl_nb.loop import Training
 from acl_nb.views import ViewPipeline
 from bench_losses import batch, forward_backward, peak_bytes, peer
 from bench_step import whole_step

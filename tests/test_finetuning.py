@@ -10,7 +10,7 @@ from torch import nn
 from acl_nb.answers import open_run
 from acl_nb.build import build, build_data, build_network
 from acl_nb.checks import BadInput
-from acl_nb.loop import class_sums
+from acl_nb.judging import class_sums
 from acl_nb.models import describe_model, load_model
 from acl_nb.networks import merged_weights
 from acl_nb.predict import Predictor, export_model

@@ -73,12 +73,12 @@ def test_a_signal_during_a_test_saves(pictures, tmp_path):
 import time
 import acl_nb.loop
 from acl_nb.cli import acl_train
-answers = acl_nb.loop._answers
+answers = acl_nb.judging._answers
 def slowly(*arguments):
     open("testing", "w").close()
     time.sleep(1.5)
     return answers(*arguments)
-acl_nb.loop._answers = slowly
+acl_nb.judging._answers = slowly
 import acl_nb.build
 share = acl_nb.build.share_of_test
 acl_nb.build.share_of_test = lambda n: share(n, 1)

@@ -30,7 +30,8 @@ from acl_nb.evaluation import acl_eval
 from acl_nb.losses import LOSSES, loss_traits, make_loss
 from acl_nb.recipes import recipe, recipe_from
 from acl_nb.studies import acl_study
-from acl_nb.loop import Diverged, Training
+from acl_nb.judging import Diverged
+from acl_nb.loop import Training
 from acl_nb.probes import Probe
 from acl_nb.trainer import fit
 from acl_nb.views import POLICIES, Draws, ViewPipeline

@@ -15,7 +15,7 @@ from ..afterwards import judge_afterwards
 from ..answers import open_run
 from ..checkpoints import latest
 from ..checks import BadInput
-from ..loop import Diverged
+from ..judging import Diverged
 from ..probes import Probe
 from ..recipes import read_json
 from ..records import Run, write_text
