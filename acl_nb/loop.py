@@ -8,6 +8,7 @@ __all__ = ['EVENTS', 'READ_EVERY', 'batch_loss', 'gradients', 'callback_names', 
 
 # %% ../nbs/560_loop.ipynb #89028c4a
 import time
+from contextlib import contextmanager
 from itertools import islice
 from math import isfinite, isnan
 
@@ -19,9 +20,11 @@ from .checkpoints import Checkpoint, random_state, set_random_state
 from .checks import check_again, check_is_due, require
 from .judging import Diverged, test_network
 from .loading import batches_of, sent_to, share_notes, with_views
+from .networks import statistics_stand_still
 from .processes import Interrupts, all_gather, gather_objects
 from .processes import mean_of_ranks, own_share, rank, world_size
 from .records import fingerprint
+from .views.mixing import mix_images, mixing
 
 # %% ../nbs/560_loop.ipynb #09ca4d09
 def _lengths(out):
@@ -36,6 +39,23 @@ def _require_sound(off_z, off_centers, loss=0., step=None):
         if off > 1e-3: raise Diverged(f"the {name} no longer have unit length", False, step)
     if not isfinite(loss): raise Diverged(f"the loss is {loss}", False, step)
 
+# %% ../nbs/560_loop.ipynb #1f14e7d5
+def with_mixed(parts, views, labels):
+    "The views that the network sees, and how they are mixed; None where they are as they were."
+    r = parts.recipe
+    if not (r.mixup or r.cutmix): return views, None
+    how = mixing(r.mixup, r.cutmix, *views.shape[-2:])
+    if parts.objective.contrastive is None:
+        mixed = mix_images(views, labels, how)
+        return mixed.images, mixed
+    mixed = mix_images(views[:, :1], labels, how)
+    return torch.cat([views, mixed.images], 1), mixed
+
+def unmixed(out, n_views):
+    "The embeddings of the views that were not mixed, and the logits of those that were."
+    alone = out.z.shape[1] == n_views
+    return out if alone else out._replace(z=out.z[:, :n_views], logits=out.logits[:, n_views:])
+
 # %% ../nbs/560_loop.ipynb #528d2239
 def batch_loss(
     parts:Parts,  # of the run
@@ -46,14 +66,17 @@ def batch_loss(
     "Loss of the batch of all processes."
     images, labels = sent_to(parts.device, *batch[:2])
     views = images if images.is_floating_point() else parts.views(images, batch[2], epoch)
-    with parts.half(): out = parts.network(parts.keys.asking(views))
+    shown, mixed = with_mixed(parts, views, labels)
+    with parts.half(): out = parts.network(parts.keys.asking(shown))
+    out = unmixed(out, views.shape[1]) if mixed is not None else out
     labels = all_gather(labels)
     out = out._replace(z=all_gather(out.z))             # of all processes; the logits of this one alone
     lengths = _lengths(out)
     look = signs is None or check_is_due("divergence", out.z)
     if look: _require_sound(*lengths.tolist())
     with parts.half(): keys = parts.keys(views, out.z, labels)
-    loss, terms = parts.objective_at(epoch)(out, labels, *keys, share=own_share())
+    two = None if mixed is None else (all_gather(mixed.partners), mixed.share)
+    loss, terms = parts.objective_at(epoch)(out, labels, *keys, share=own_share(), mixed=two)
     if world_size() > 1:                                # means, whose gradients are this process's part
         loss, *values = mean_of_ranks(torch.stack([loss, *terms.values()])).unbind()
         terms = dict(zip(terms, values))
@@ -79,6 +102,20 @@ def gradients(
             means[name] = means.get(name, 0) + value.detach() / len(batches)
     parts.scaler.unscale_(parts.optimizer)
     return means
+
+# %% ../nbs/560_loop.ipynb #7a2d0971
+@contextmanager
+def climbed(parts, rho):
+    "Within, the weights are ρ further along their gradient."
+    weights = [p for p in parts.bare.parameters() if p.grad is not None]
+    gradient = [p.grad for p in weights]
+    length = nn.utils.get_total_norm(gradient)
+    steps = torch._foreach_mul(gradient, rho / length.clamp_min(1e-12))
+    with torch.no_grad(): torch._foreach_add_(weights, steps)
+    try:
+        with statistics_stand_still(parts.bare): yield
+    finally:
+        with torch.no_grad(): torch._foreach_sub_(weights, steps)
 
 # %% ../nbs/560_loop.ipynb #77fc7ab7
 EVENTS = ("begin", "after_backward", "after_step", "after_epoch", "finish")
@@ -209,6 +246,8 @@ class Training(Standing):
         for group in p.optimizer.param_groups: group["lr"] = p.lr(self.step) * group.get("lr_scale", 1)
         signs = []
         means = gradients(p, batches, self.epoch, signs)
+        if p.recipe.sam:
+            with climbed(p, p.recipe.sam): gradients(p, batches, self.epoch, [])
         self.tell("after_backward")
         if p.recipe.clip: nn.utils.clip_grad_norm_(p.bare.parameters(), p.recipe.clip)
         p.scaler.step(p.optimizer)

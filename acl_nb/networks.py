@@ -86,7 +86,7 @@ def scaled(self:Network, images): # [N, channels, H, W] -> [N, channels, input_s
 
 # %% ../nbs/430_networks.ipynb #16bada8f
 @contextmanager
-def _statistics_stand_still(net):
+def statistics_stand_still(net):
     "Batch normalisation within leaves its running statistics as they are."
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
@@ -101,7 +101,7 @@ def encode(self:Network, images): # [N, channels, H, W] -> [N, d]
     "The encoder's features; in training a few images at a time, where `at_once` says so."
     whole = self.at_once is None or len(images) <= self.at_once
     if whole or not torch.is_grad_enabled(): return self.encoder(images)
-    contexts = lambda: (nullcontext(), _statistics_stand_still(self.encoder))
+    contexts = lambda: (nullcontext(), statistics_stand_still(self.encoder))
     again = lambda part: checkpoint(self.encoder, part, use_reentrant=False, context_fn=contexts)
     return torch.cat([again(part) for part in images.split(self.at_once)])
 

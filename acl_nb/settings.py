@@ -285,6 +285,8 @@ def _check_needs(r, traits):
     rule = f"`drw` must be none: of the losses, only {readers} re-weighs"
     require(fits, rule, f"{r.drw} with {r.loss}")
     mixes = r.mixup or r.cutmix
+    climbs = not r.sam or traits.keys == "none"
+    require(climbs, "`sam` is for losses that keep nothing of past batches: it sees each twice", r.loss)
     branch = traits.kind == "classifier" or traits.kind == "contrastive" and r.readout == "classifier"
     rule = "`mixup` and `cutmix` are for a classifier of its own: `loss` must have one that predicts"
     require(branch or not mixes, rule, f"{r.loss}, {r.readout}")
@@ -328,6 +330,7 @@ class Recipe(LossSettings, NetworkSettings, DataSettings):    # the last base's 
     accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
     sub_batch: int | None = setting(None, at_least(2))     # views encoded at a time; None: all
     clip: float | None = setting(None, above_zero)         # largest norm of a gradient; None: any
+    sam: float = setting(0.0, at_least(0))                 # ρ, climbed before a gradient; 0: no
     ema: float | None = setting(None, below_one)           # decay of averaged weights; None: none
     queue: int = setting(0, at_least(0))                   # past keys kept for paco and gpaco
     key_momentum: float = setting(0.999, below_one)        # of paco's second encoder

@@ -71,7 +71,7 @@ def test_a_signal_during_a_test_saves(pictures, tmp_path):
     script = tmp_path/"slow.py"
     script.write_text("""
 import time
-import acl_nb.loop
+import acl_nb.judging
 from acl_nb.cli import acl_train
 answers = acl_nb.judging._answers
 def slowly(*arguments):
