@@ -38,7 +38,7 @@ def closed_form(
     objective:Objective,           # with a contrastive term
     out,                           # of a network: z [B, V, D], logits [B, V, C], centers [C, D] or None
     labels:torch.Tensor,           # [B] in 0..C-1
-    keys:torch.Tensor=None,        # [K, D] more keys, of paco and gpaco; means of the classes, of proco
+    keys:torch.Tensor=None,        # [K, D] more keys, of paco and gpaco; class means, of proco
     key_labels:torch.Tensor=None,  # [K]
 ) -> PairGradients:                # of the contrastive term, without its weight λ
     "Pair gradients of an objective, with the settings it has."
