@@ -214,7 +214,8 @@ def build_keys(
     return EncoderKeys(network, r.key_momentum, r.queue, r.dim).to(device)
 
 # %% ../nbs/550_build.ipynb #52d52e80
-_LEARNING = {"network": "bare", "optimizer": "optimizer", "scaler": "scaler", "keys": "keys"}
+_LEARNING = {"network": "bare", "optimizer": "optimizer", "scaler": "scaler", "keys": "keys",
+             "objective": "objective"}
 
 @dataclass
 class Parts:

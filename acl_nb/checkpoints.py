@@ -32,7 +32,7 @@ class Checkpoint:
     setup: dict = field(default_factory=dict)       # device, processes, precision
     sums: dict = field(default_factory=dict)        # of this epoch's losses so far, by name
     grown: dict = field(default_factory=dict)       # bytes of the files that grow, by name
-    learnt: dict = field(default_factory=dict)      # states of network, optimizer, scaler and keys
+    learnt: dict = field(default_factory=dict)      # states of network, optimizer, scaler, keys, loss
     callbacks: dict = field(default_factory=dict)   # states of the callbacks that have one, by name
     tested: dict = field(default_factory=dict)      # scores and predictions of the last test
     random: list = field(default_factory=list)      # of `random_state`, one per process

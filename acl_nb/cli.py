@@ -193,7 +193,7 @@ def acl_train(
     list:bool=False,     # print the recipes as a table, and train nothing
     print:bool=False,    # print the recipe as JSON, and train nothing
     fields:list=None,    # print the fields of a recipe, all or these, and train nothing
-    loss:str=None,       # acl, bcl, scl, dscl, paco, gpaco, proco, la, ldam, gcl, cb or ce
+    loss:str=None,       # acl, bcl, scl, dscl, paco, gpaco, proco, la, ldam, gcl, gala, cb or ce
     views:str=None,      # views of every image
     imbalance:str=None,  # largest class count / smallest, or as_is
     epochs:str=None,     # epochs to train

@@ -207,7 +207,8 @@ def go_on_from(
     run.sums, run.grown, run.values, run.unread = dict(found.sums), dict(found.grown), [], []
     run.scores, run.predictions = found.tested["scores"], found.tested["predictions"]
     for name, part in run.parts.learning().items():
-        if found.learnt[name]: part.load_state_dict(found.learnt[name])    # without fp16 the scaler has none
+        state = found.learnt.get(name)              # a scaler has none without fp16, an old checkpoint no loss
+        if state: part.load_state_dict(state)
     for name, callback in zip(callback_names(run.callbacks), run.callbacks):
         if name in found.callbacks: callback.load_state_dict(found.callbacks[name])
     if found.notes is not None: run.parts.train.notes |= found.notes

@@ -19,8 +19,8 @@ from acl_nb.counts import class_counts
 from acl_nb.datasets import DATASETS, ImageArray, LongTailed
 from acl_nb.loading import EpochBatches, sent_to
 from acl_nb.loop import READ_EVERY, Training
-from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, dscl_loss, gcl_loss, gpaco_loss
-from acl_nb.losses import ldam_loss, logit_adjusted_loss, paco_loss, proco_loss, scl_loss
+from acl_nb.losses import acl_loss, bcl_loss, ce_loss, class_balanced_loss, dscl_loss, gala_loss, gcl_loss
+from acl_nb.losses import gpaco_loss, ldam_loss, logit_adjusted_loss, paco_loss, proco_loss, scl_loss
 from acl_nb.processes import Share
 from acl_nb.recipes import recipe
 from acl_nb.testing import PretendGPU, loss_and_grads, relative_error
@@ -119,7 +119,7 @@ def test_loading_images_in_memory_never_waits(place, operations):
 
 LOSSES = {"acl, adjusted": dict(loss="acl", negatives="adjusted"), "scl": dict(loss="scl"), "dscl": dict(loss="dscl"),
           "bcl": dict(loss="bcl"),
-          "ce": dict(loss="ce"), "la": dict(loss="la"), "ldam": dict(loss="ldam"), "cb": dict(loss="cb"), "gcl": dict(loss="gcl"),
+          "ce": dict(loss="ce"), "la": dict(loss="la"), "ldam": dict(loss="ldam"), "cb": dict(loss="cb"), "gcl": dict(loss="gcl"), "gala": dict(loss="gala"),
           "proco": dict(loss="proco")}
 
 DIGITS = dict(precision="fp32", batch_size=32, epochs=1)
@@ -162,6 +162,7 @@ COMPILED = {
     "cb": lambda z, centers, logits: class_balanced_loss(logits, LABELS, COUNTS),
     "ldam": lambda z, centers, logits: ldam_loss(logits, LABELS, COUNTS, weights=COUNTS),
     "gcl": lambda z, centers, logits: gcl_loss(logits, LABELS, COUNTS, noise=torch.ones(B * V, C) / 3),
+    "gala": lambda z, centers, logits: gala_loss(logits, LABELS, COUNTS / 100),
     "gpaco": lambda z, centers, logits: gpaco_loss(z, LABELS, logits, COUNTS, 0.05),
     "paco": lambda z, centers, logits: paco_loss(z[:, 0], z[:, 0], LABELS, LABELS, logits[:, 0], COUNTS, 0.05),
 }
@@ -179,6 +180,7 @@ SHARED = {      # of the second of two processes; classes' counts lie where the 
     "ldam": lambda z, y, c, logits, n: ldam_loss(logits[OWN], y, n, weights=n, **SHARE),
     "cb": lambda z, y, c, logits, n: class_balanced_loss(logits[OWN], y, n, **SHARE),
     "gcl": lambda z, y, c, logits, n: gcl_loss(logits[OWN], y, n, **SHARE),
+    "gala": lambda z, y, c, logits, n: gala_loss(logits[OWN], y, n / 100, **SHARE),
     "gpaco": lambda z, y, c, logits, n: gpaco_loss(z, y, logits[OWN], n, 0.05, **SHARE),
     "paco": lambda z, y, c, logits, n: paco_loss(z[:, 0], z[:, 0], y, y, logits[OWN, 0], n, 0.05, **SHARE),
 }

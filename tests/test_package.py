@@ -105,7 +105,8 @@ def test_a_study_shows_what_is_recorded(name):
 def test_published_numbers_are_shown_with_their_source():
     lines = "\n".join(texts("published", "outputs")).splitlines()
     for row in csv.DictReader((STUDIES/"published.csv").open()):
-        assert any(f"| {row['method']} | {row['network'] or '?'} | {row['epochs'] or '?'} | {row['top1']} | {row['source']} |" in line for line in lines), row
+        network = f"{row['network'] or '?'} | {row['pretrained'] or '–'} | {row['epochs'] or '?'}"
+        assert any(f"| {row['method']} | {network} | {row['top1']} | {row['source']} |" in line for line in lines), row
 
 RESULT = r"\d\d\.\d|± ?\d|[-+−]\d+(\.\d+)? (points|%)"         # an accuracy, an error, a difference: a cell must have computed it
 def results_in(prose): return re.findall(f"({RESULT})", re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)|arXiv \S+", "", prose))

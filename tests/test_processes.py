@@ -60,6 +60,7 @@ def gradient(loss, accumulate, dtype, more):
         same_noise = mock.patch.object(torch, "randn_like", torch.ones_like)        # each process has draws of its own
         with mock.patch.object(loop, "gradients", noted), same_noise: training.train_step(list(islice(parts.loader, accumulate)))
         queue = [t.clone() for t in parts.keys.queue.contents()] if parts.keys.queue is not None else list(parts.keys.buffers())
+        if loss == "gala": queue = [parts.objective.classifier.gathered.clone()]
         return [torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts.bare.parameters()]), *values, *queue]
     finally: torch.set_default_dtype(usual)
 

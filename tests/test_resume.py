@@ -24,6 +24,7 @@ SETTINGS = {                                                          # processe
     "fp32, paco's queue":              (1, ["precision=fp32", "loss=paco", "queue=100"], False),
     "fp32, gcl's noise":               (1, ["precision=fp32", "loss=gcl", "classifier=cosine"], False),
     "two processes, proco's means":    (2, ["loss=proco"], False),
+    "fp32, gala's gradients":           (1, ["precision=fp32", "loss=gala"], False),
     "an average of the weights":       (1, ["precision=fp32", "ema=0.9"], False),
     "two processes, accumulating":     (2, ["encoder=forgetful", "accumulate=2"], False),
     "two processes, files, workers":   (2, ["epochs=8"], True),

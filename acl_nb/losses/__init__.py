@@ -7,7 +7,7 @@ __all__ = ['TRAITS', 'LOSSES', 'LossTraits', 'loss_traits', 'losses_that', 'make
            'DSCLLoss', 'dscl_loss', 'ACLLoss', 'acl_loss', 'BCLLoss', 'bcl_loss', 'PaCoLoss', 'paco_loss', 'GPaCoLoss',
            'gpaco_loss', 'ProCoLoss', 'proco_loss', 'ClassMeans', 'CELoss', 'ce_loss', 'LogitAdjustedLoss',
            'logit_adjusted_loss', 'LDAMLoss', 'ldam_loss', 'ldam_margins', 'ClassBalancedLoss', 'class_balanced_loss',
-           'class_balanced_weights', 'GCLLoss', 'gcl_loss', 'cloud_widths']
+           'class_balanced_weights', 'GCLLoss', 'gcl_loss', 'cloud_widths', 'GALALoss', 'gala_loss']
 
 # %% ../../nbs/370_losses.ipynb #fa6cc983
 from inspect import signature
@@ -20,9 +20,9 @@ from torch import nn
 from ..checks import choose, require
 from .acl import ACLLoss, acl_loss
 from .bcl import BCLLoss, bcl_loss
-from .logits import CELoss, ClassBalancedLoss, GCLLoss, LDAMLoss, LogitAdjustedLoss
+from .logits import CELoss, ClassBalancedLoss, GALALoss, GCLLoss, LDAMLoss
 from .logits import ce_loss, class_balanced_loss, class_balanced_weights
-from .logits import cloud_widths, gcl_loss
+from .logits import LogitAdjustedLoss, cloud_widths, gala_loss, gcl_loss
 from .logits import ldam_loss, ldam_margins, logit_adjusted_loss
 from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
 from .proco import ClassMeans, ProCoLoss, proco_loss
@@ -38,7 +38,7 @@ _all_ += ["ProCoLoss", "proco_loss", "ClassMeans"]
 _all_ += ["CELoss", "ce_loss", "LogitAdjustedLoss", "logit_adjusted_loss"]
 _all_ += ["LDAMLoss", "ldam_loss", "ldam_margins"]
 _all_ += ["ClassBalancedLoss", "class_balanced_loss", "class_balanced_weights"]
-_all_ += ["GCLLoss", "gcl_loss", "cloud_widths"]
+_all_ += ["GCLLoss", "gcl_loss", "cloud_widths", "GALALoss", "gala_loss"]
 
 # %% ../../nbs/370_losses.ipynb #e8d06fcd
 class LossTraits(NamedTuple):
@@ -83,6 +83,7 @@ TRAITS = {
     "cb": LossTraits(ClassBalancedLoss, "classifier", usual=_NO_CENTERS),
     "gcl": LossTraits(GCLLoss, "classifier", needs=dict(classifier="cosine"),
                       usual=dict(centers="none", classifier="cosine")),
+    "gala": LossTraits(GALALoss, "classifier", usual=_NO_CENTERS),
     "scl": LossTraits(SCLLoss, centers="optional", form="scl", usual=_NO_CENTERS),
     "dscl": LossTraits(DSCLLoss, centers="optional", form="dscl", options=("alpha",),
                        usual=dict(centers="none", alpha=0.1), most=dict(alpha=1)),

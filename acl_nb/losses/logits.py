@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ce_loss', 'logit_adjusted_loss', 'ldam_margins', 'ldam_loss', 'class_balanced_weights', 'class_balanced_loss',
-           'cloud_widths', 'gcl_loss', 'LDAMLoss', 'CELoss', 'LogitAdjustedLoss', 'ClassBalancedLoss', 'GCLLoss']
+           'cloud_widths', 'gcl_loss', 'gala_loss', 'raised_logits', 'GALALoss', 'LDAMLoss', 'CELoss',
+           'LogitAdjustedLoss', 'ClassBalancedLoss', 'GCLLoss']
 
 # %% ../../nbs/360_losses.logits.ipynb #f4fd5be8
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..checks import check_is_due, require
 from ..counts import _in_float64, log_prior
-from ..processes import Share
+from ..processes import Share, all_sum
 
 # %% ../../nbs/360_losses.logits.ipynb #9d3ad880
 def _check_labels(labels, n_images, n_classes):
@@ -149,13 +150,12 @@ def cloud_widths(
     delta = log_n.max() - log_n
     return delta / delta.max().clamp_min(torch.finfo(delta.dtype).tiny)
 
-# %% ../../nbs/360_losses.logits.ipynb #1ab9c16f
+# %% ../../nbs/360_losses.logits.ipynb #c018b019
 def _check_cloud(cloud, margin, scale):
     require(cloud >= 0, "`cloud` must be at least 0", cloud)
     require(margin >= 0, "`margin` must be at least 0", margin)
     require(scale > 0, "`scale` must be positive", scale)
 
-# %% ../../nbs/360_losses.logits.ipynb #c018b019
 def gcl_loss(
     logits:torch.Tensor,      # [B, C] or [B, V, C], scale · cosine
     labels:torch.Tensor,      # [B] in 0..C-1
@@ -174,6 +174,47 @@ def gcl_loss(
     lowered = cloud * noise.clamp(-1, 1).abs() * cloud_widths(class_counts).to(flat)
     own = margin * F.one_hot(labels, flat.shape[1])
     return F.cross_entropy(flat - scale * (lowered + own), labels)
+
+# %% ../../nbs/360_losses.logits.ipynb #fd4c0528
+def gala_loss(
+    logits:torch.Tensor,    # [B, C] or [B, V, C], plain
+    labels:torch.Tensor,    # [B] in 0..C-1
+    gathered:torch.Tensor,  # [C] gradients by which each class raised its logit so far
+    share:Share=Share(),    # whose rows `logits` are; `labels` are those of all shares
+) -> torch.Tensor:          # scalar, mean over all logits' rows
+    "Gradient-aware logit adjustment (Zhang et al. 2024)."
+    flat, labels, _ = _flat(logits, labels, share)
+    _check_classes("gathered", gathered, flat)
+    return F.cross_entropy(flat + (gathered.to(flat) + 1e-3).log(), labels)
+
+@torch.no_grad()
+def raised_logits(
+    logits:torch.Tensor,    # [B, C] or [B, V, C], plain
+    labels:torch.Tensor,    # [B] in 0..C-1
+    gathered:torch.Tensor,  # [C] as for `gala_loss`
+    share:Share=Share(),    # as for `gala_loss`: the part that these rows have in the sum
+) -> torch.Tensor:          # [C]
+    "What a batch adds to the gathered gradients: how much the images of each class raise its logit."
+    flat, labels, every = _flat(logits, labels, share)
+    p = (flat + (gathered.to(flat) + 1e-3).log()).softmax(1)
+    missing = 1 - p.gather(1, labels[:, None])[:, 0]
+    return torch.zeros_like(p[0]).index_add(0, labels, missing / len(every))
+
+# %% ../../nbs/360_losses.logits.ipynb #4979f3cc
+class GALALoss(nn.Module):
+    "`gala_loss` with its memory: a buffer of the gradients gathered so far."
+    def __init__(self,
+        class_counts,    # [C] training images of each class; only their number is read
+    ):
+        super().__init__()
+        self.register_buffer("gathered", torch.zeros(len(class_counts)))
+
+    def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
+        value = gala_loss(logits, labels, self.gathered, share)
+        if torch.is_grad_enabled():
+            more = raised_logits(logits, labels, self.gathered, share)
+            self.gathered += all_sum(more.to(self.gathered))
+        return value
 
 # %% ../../nbs/360_losses.logits.ipynb #4399b3e4
 class LDAMLoss(nn.Module):
@@ -238,7 +279,6 @@ class ClassBalancedLoss(nn.Module):
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
         return class_balanced_loss(logits, labels, self.class_counts, self.beta, share)
 
-# %% ../../nbs/360_losses.logits.ipynb #5748aeef
 class GCLLoss(nn.Module):
     "`gcl_loss` as a module, which draws its noise; the counts are a buffer."
     def __init__(self,
