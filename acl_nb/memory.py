@@ -17,11 +17,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import kernels
 from .build import build_data, build_network, freeze_unread
 from .checks import BadInput, require
 from .counts import class_counts
 from .datasets import ImageArray, LongTailed, facts_of
+from .kernels import _BUDGET
 from .losses import loss_traits
 from .settings import Recipe
 
@@ -165,7 +165,7 @@ def _asking(r):
 def _loss_bytes(r, n_classes):
     anchors = r.batch_size * _asking(r)
     keys = r.batch_size * r.views + n_classes + r.queue
-    return _MATRICES * min(4 * anchors * keys, kernels._BUDGET)
+    return _MATRICES * min(4 * anchors * keys, _BUDGET)
 
 # what changes no size, and has no fake form
 _PLAIN = dict(pretrained=False, channels_last=False, sync_bn=False, compile=False)
