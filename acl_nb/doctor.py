@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKS', 'Verdict', 'verdict_table', 'diagnose', 'acl_doctor']
 
-# %% ../nbs/76_doctor.ipynb #da7374de
+# %% ../nbs/76_doctor.ipynb #b63f0846
 import logging
 import os
 import shutil
@@ -14,6 +14,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -224,10 +225,10 @@ def _time_at(r, sizes, rate):
 
 def _step(r):
     sizes, rate = sizes_of(r), _step_rate(r)
-    expected, time = _time_at(r, sizes, rate)
+    expected, in_words = _time_at(r, sizes, rate)
     _, height, width = sizes.shape
     step = f"{rate:,.0f} images per second with {r.views} views of {height} × {width}"
-    return Verdict("slow" if expected > 72 else "ok", f"{step}; {time}")
+    return Verdict("slow" if expected > 72 else "ok", f"{step}; {in_words}")
 
 # %% ../nbs/76_doctor.ipynb #04f14ce1
 def _loading(r):
@@ -238,8 +239,8 @@ def _loading(r):
     note = f"{found.rate:,.0f} images per second with {found.workers} workers, from {files}"
     note += f"; the step needs {rate:,.0f}: {found.needed(rate)} workers would do"
     if found.rate >= rate: return Verdict("ok", note)
-    time = _time_at(r, sizes, found.rate)[1]
-    return Verdict("slow", f"{note}; with {found.workers}, {time}")
+    _, in_words = _time_at(r, sizes, found.rate)
+    return Verdict("slow", f"{note}; with {found.workers}, {in_words}")
 
 # %% ../nbs/76_doctor.ipynb #367e29ad
 CHECKS = {"devices": _devices, "precision": _precision, "compile": _compile, "gather": _gather,
