@@ -72,10 +72,16 @@ def start_processes() -> Accelerator: # with this process's device
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")     # of x86 and of ARM
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def _native_bf16(device):
-    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+def _cpu_multiplies_bf16():
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and any(features.get(name, False) for name in _BF16)
+    return any(features.get(name, False) for name in _BF16)
+
+def _fastest_precision(device):
+    "The half precision that a device multiplies in natively, or fp32."
+    if device.type == "cuda" and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
 
 # %% ../nbs/550_build.ipynb #9b97192d
 def find_setup(
@@ -85,8 +91,8 @@ def find_setup(
     "How a run is computed: what a recipe leaves to the machine."
     possible = not recipe.sync_bn or device.type == "cuda"
     require(possible, "`sync_bn` needs GPUs", f"the device {device.type}")
-    auto = "bf16" if _native_bf16(device) else "fp32"
-    precision = auto if recipe.precision == "auto" else recipe.precision
+    auto = recipe.precision == "auto"
+    precision = _fastest_precision(device) if auto else recipe.precision
     return {"device": device.type, "processes": world_size(),
             "precision": precision, "test_precision": precision}
 

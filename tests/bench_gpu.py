@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import acl_nb
-from acl_nb.doctor import stand_in
+from acl_nb.memory import stand_in
 from acl_nb.losses import acl_loss, scl_loss
 from acl_nb.build import build
 from acl_nb.recipes import recipe

@@ -137,7 +137,8 @@ def test_report_of_many_classes_stays_light(tmp_path, probed):
 def test_the_doctor_sees_every_part_of_a_machine(tmp_path):
     r = started("acl_doctor", cwd=tmp_path)
     lines = [line.split(maxsplit=2) for line in r.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["devices", "precision", "compile", "gather", "decode", "views", "parity", "shared", "disk"], r.stderr
+    names = "devices precision compile gather parity pixels decode views shared disk"
+    assert " ".join(line[0] for line in lines) == names, r.stderr
     assert all(line[1] in ("ok", "slow", "missing") for line in lines) and (r.returncode, r.stderr) == (0, "")
 
 def test_what_a_recipe_needs_and_lacks_is_exit_1(tmp_path, monkeypatch, capsys):
@@ -146,8 +147,10 @@ def test_what_a_recipe_needs_and_lacks_is_exit_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "step_rate", lambda r, data: len(data.train) * r.epochs / 3600)
     monkeypatch.setattr(sys, "argv", ["acl_doctor", "cifar100_lt", "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as exit: runpy.run_path(script("acl_doctor", tmp_path), run_name="__main__")
-    data, step = capsys.readouterr().out.splitlines()
-    assert exit.value.code == 1 and data.startswith("data      fails    CIFAR100 not found") and step.endswith("epochs in about 61 minutes")
+    data, memory, step, loading = capsys.readouterr().out.splitlines()
+    assert exit.value.code == 1 and data.startswith("data      fails    CIFAR100 not found")
+    assert memory.split()[:2] == ["memory", "ok"] and memory.endswith("fits 1 GPU of 16 GB")
+    assert step.endswith("epochs in about 61 minutes") and loading.startswith("loading   ok       images in memory")
 
 def pictures(root, part, images, labels):
     "Class folders of PNG files."
