@@ -53,9 +53,9 @@ def _softmax(s, out=None):
 # %% ../nbs/270_tiles.ipynb #1950b777
 def _softplus(t):
     "log(1 + exp(t)) to full relative accuracy, with a plain logarithm."
-    d = t.abs().neg_().sigmoid_()
+    d = t.copysign(-1).sigmoid_()
     w = 1 - d
-    lost = (d - (1 - w)).div_(w)
+    lost = (w - 1).add_(d).div_(w)
     return lost.sub_(w.log_()).add_(t.clamp_min(0))
 
 def _terms(t, aligned):
@@ -120,7 +120,8 @@ def _tile_by_list(s, out, pairs, first, alpha, key, row, own, aligned):
 # %% ../nbs/270_tiles.ipynb #a5bd0043
 def _tile_dense(s, first, labels, key_labels, alpha, key, row, own, aligned):
     "The same as `_tile_by_list`, from a comparison of the tile's labels with those of all keys."
-    positive = labels.to(s.dtype)[:, None].repeat(1, s.shape[1]).eq_(key_labels.to(s.dtype))
+    of_anchors, of_keys = labels.to(s.dtype)[:, None], key_labels.to(s.dtype)
+    positive = torch.eq(of_anchors, of_keys, out=torch.empty_like(s))
     positive.diagonal(first).zero_()
     in_sum = s + key
     if aligned:

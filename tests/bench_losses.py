@@ -23,7 +23,7 @@ from benching import Rows, interleaved, median_ratio, out_option, processor_name
 
 # images, views, dimensions, classes
 SHAPES = [(256, 4, 128, 100), (512, 4, 128, 1000), (256, 3, 128, 10), (256, 3, 1024, 8142)]
-LIMIT = "three products"
+LIMIT, WITH_SOFTMAX = "three products", "products and softmax"
 
 class ThreeProducts:
     "Z Kᵀ, S K, Sᵀ Z into memory that is there: what every loss of this kind has to do."
@@ -35,8 +35,16 @@ class ThreeProducts:
 
     def __call__(self):
         torch.mm(self.z, self.k.T, out=self.s)
+        self.between()
         torch.mm(self.s, self.k, out=self.dz)
         torch.mm(self.s.T, self.z, out=self.dk)
+
+    def between(self):
+        "Nothing, for the limit."
+
+class WithSoftmax(ThreeProducts):
+    "And an exponential of every pair."
+    def between(self): torch.softmax(self.s, 1, out=self.s)
 
 def long_tailed_labels(n, n_classes, imbalance=100, seed=0):
     share = imbalance ** (-torch.arange(n_classes, dtype=torch.float64) / (n_classes - 1))
@@ -75,7 +83,7 @@ def candidates(B, V, D, C, with_plain):
     supcon = peer(z, labels)
     if supcon and B * V <= 2048 and C <= 1000: table["SupConLoss (peer, no centres)"] = supcon
     steps = {name: forward_backward(f, z, centers) for name, f in table.items()}
-    return {LIMIT: ThreeProducts(z, centers)} | steps
+    return {LIMIT: ThreeProducts(z, centers), WITH_SOFTMAX: WithSoftmax(z, centers)} | steps
 
 def peak_bytes(step):
     "Most memory alive at one time above what was alive before."

@@ -15,7 +15,9 @@ from torchvision import transforms as T
 
 from acl_nb.datasets.decoders import decode
 from acl_nb.views import POLICIES, Policy, ViewPipeline
-from acl_nb.views.ops import compile_operations
+from acl_nb.views.crops import crop_batch, crop_boxes
+from acl_nb.views.draws import Draws
+from acl_nb.views.ops import brightness, color, compile_operations, contrast, hue
 from benching import Rows, interleaved, median_ratio, out_option, processor_name
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -125,6 +127,32 @@ def small_images(policy, rounds, rows, B=256):
     rows.add(section, "ours, V = 8", "time ratio", ratio, "×", "ours, V = 1")
     print(f"  V = 8 costs {ratio:.2f} × V = 1")
 
+def passes(rounds, rows, n=64, repeats=20):
+    "What the operations of cifar_sim take by themselves on a block that fits the cache, beside their alternatives."
+    x = photographs(n, 32)
+    strength = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1
+    boxes = crop_boxes(Draws(torch.arange(n)), 32, 32, (0.2, 1))
+    plain = ViewPipeline("plain", 32, MEAN, STD)
+    tables = x.flatten(2).flatten(0, 1)[:, :256].contiguous()           # any 256 entries for a channel of an image
+    single = {
+        "float32 and back": lambda: x.float().to(torch.int16).to(torch.uint8),
+        "table of 256 entries": lambda: tables.gather(1, x.view(len(tables), -1).long()),
+        "brightness": lambda: brightness(x, strength),
+        "contrast": lambda: contrast(x, strength),
+        "colour": lambda: color(x, strength),
+        "hue": lambda: hue(x, strength),
+        "resized crop": lambda: crop_batch(x, boxes, 32),
+        "normalise": lambda: plain(x),
+    }
+    def repeated(f): return lambda: [f() for _ in range(repeats)]
+    section = f"single operations, {n} images of 32 pixels"
+    rows.begin(section)
+    print(f"\n{section}")
+    for name, s in interleaved({name: repeated(f) for name, f in single.items()}, rounds).items():
+        nanoseconds = 1e9 * statistics.median(s) / (repeats * x.numel())
+        rows.add(section, name, "time", nanoseconds, "ns/value")
+        print(f"  {name:34}{nanoseconds:9.2f} ns/value", flush=True)
+
 def jpegs(n):
     "n photographs of 500 × 375 as the bytes of JPEG files."
     files = []
@@ -187,7 +215,8 @@ def png_of(jpeg):
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
-    ask.add_argument("--only", choices=("small", "large", "decode"), help="small images, large ones or decoding alone")
+    ask.add_argument("--only", choices=("small", "passes", "large", "decode"),
+                     help="small images, single operations on them, large images or decoding alone")
     ask.add_argument("--compile", action="store_true", help="with compiled operations (needs a C++ compiler)")
     out_option(ask, "views")
     args = ask.parse_args()
@@ -200,6 +229,7 @@ def main():
           "× is views a second against the first line")
     if args.only in (None, "small"):
         for policy in ("cifar_regular", "cifar_sim"): small_images(policy, args.rounds, rows)
+    if args.only in (None, "passes"): passes(args.rounds, rows)
     if args.only in (None, "decode"): decoding(args.rounds, rows)
     if args.only in (None, "large"):
         print("\n224 pixels, photographs of 500 × 375 as JPEG; one decode for all views")
