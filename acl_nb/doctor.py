@@ -191,15 +191,17 @@ def _which_gpus(memory):
     together = [f"{', '.join(reversed(several))} by torchrun"] if several else []
     return ", or ".join(alone[:1] + together)
 
-# %% ../nbs/760_doctor.ipynb #92f27777
+# %% ../nbs/760_doctor.ipynb #8a52bbd3
+def _in_words(size): return f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.0f} MB"
+
 _OTHER_WAYS = ("--batch_size with --accumulate divides it too, and compares fewer images; "
                "gradient caching or checkpointing, in a loop of your own, keeps the loss")
 
 def _memory(r):
     memory, here = step_memory(r), _gpu_bytes()
-    kept, total, has = (size / 1e9 for size in (memory.kept, memory.total, here))
-    step = f"a step of {r.batch_size} × {r.views} views takes {total:.1f} GB"
-    note = f"{step}, of which the backward pass keeps {kept:.1f}"
+    step = f"a step of {r.batch_size} × {r.views} views takes {_in_words(memory.total)}"
+    note = f"{step}, of which the backward pass keeps {_in_words(memory.kept)}"
+    has = here / 1e9
     usual = f"fits {_which_gpus(memory)}"
     if not here: return Verdict("ok", f"{note}; {usual}")
     needed, there = gpus_needed(memory, has), torch.cuda.device_count()
