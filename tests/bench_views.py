@@ -142,7 +142,7 @@ def passes(rounds, rows, n=64, repeats=20):
         "colour": lambda: color(x, strength),
         "hue": lambda: hue(x, strength),
         "resized crop": lambda: crop_batch(x, boxes, 32),
-        "normalise": lambda: plain(x),
+        "plain view": lambda: plain(x),
     }
     def repeated(f): return lambda: [f() for _ in range(repeats)]
     section = f"single operations, {n} images of 32 pixels"
