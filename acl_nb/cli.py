@@ -24,6 +24,7 @@ from .counts import shot_groups
 from .datasets import BENCHMARKS, DATASETS, FACTS, benchmark_files, check_files
 from .datasets import facts_of, fetch_lists, find_list, load_lists, usual_counts
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
+from .datasets.packed import PackSettings, pack_images
 from .finetuning import start_lines
 from .losses import LOSSES, losses_that
 from .probes import Probe, can_probe
@@ -294,34 +295,49 @@ def glyphs_report(
     return "\n".join(lines)
 
 # %% ../nbs/750_cli.ipynb #0abddd3b
-def _list(name, data, base, decode):
+def _list(name, data, **unread):
     head = ["", "images", "classes", "max", "min", "imbalance", "many", "medium", "few"]
     print(text_table([head, *benchmark_rows(data)]))
 
-def _fetch(name, data, base, decode):
+def _fetch(name, data, base, **unread):
     require(name, f"`name` must be given: fetch takes one of {', '.join(BENCHMARKS)}")
     for part, path in fetch_lists(name, data, base).items(): print(f"{part}: {path}")
     images = f"The images are yours to get: {BENCHMARKS[name].images}, below {data}"
     print(f"These are lists. {images}; then: acl_data check {name} --data {data}")
 
-def _check(name, data, base, decode):
+def _check(name, data, decode, **unread):
     everything = {**DATASETS, **BENCHMARKS}
     require(name, f"`name` must be given: check takes one of {', '.join(everything)}")
     for line in check_data(name, data, decode): print(line)
 
-def _glyphs(name, data, base, decode): print(glyphs_report(user_path(data)/"glyphs"))
+def _pack(name, data, out, side, quality, lossless, background, **unread):
+    require(name, "`name` must be given: pack takes a benchmark, folder_lt or imagenet")
+    out = out or f"packed/{name}"
+    done = pack_images(name, data, out, PackSettings(side, quality, lossless, background))
+    broken = f", {done['unreadable']:,} of them unreadable as before" if done["unreadable"] else ""
+    print(f"{out}: {done['images']:,} images{broken}, {done['bytes'] / 1e9:.2g} GB; "
+          f"train on them with --data {out}")
+
+def _glyphs(name, data, **unread): print(glyphs_report(user_path(data)/"glyphs"))
 
 # %% ../nbs/750_cli.ipynb #50a21c4b
-ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "glyphs": _glyphs}
+ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "pack": _pack, "glyphs": _glyphs}
 
 @command(complete=dict(action=ACTIONS, name={**DATASETS, **BENCHMARKS}))
 def acl_data(
-    action:str="list",   # list, fetch, check or glyphs
+    action:str="list",   # list, fetch, check, pack or glyphs
     name:str=None,       # of the data set: a key of `BENCHMARKS` or `DATASETS`
     *,
     data:str="data",     # folder of the lists and images
     base:str=None,       # address of the lists; default: $ACL_LISTS_URL, else public code that ships them
     decode:bool=False,   # check: also decode every image
+    out:str=None,        # pack: folder to write; default: packed/NAME
+    side:int=256,        # pack: of the shorter side of an image, pixels, at most
+    quality:int=95,      # pack: of the JPEG files, 1 to 100
+    lossless:bool=False, # pack: PNG files in their place
+    background:str="white", # pack: put below what is transparent
 ): # prints
-    "List the data sets, fetch the list files of a benchmark, check that all is there, or say what the fonts here give."
-    choose(action, ACTIONS, "action")(name, data, base, decode)
+    "List data sets, fetch a benchmark's lists, check or pack images, or say what the fonts here give."
+    how = dict(base=base, decode=decode, out=out, side=side, quality=quality)
+    how |= dict(lossless=lossless, background=background)
+    choose(action, ACTIONS, "action")(name, data, **how)

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from acl_nb.checks import BadInput
 from acl_nb.datasets import decoders
-from acl_nb.datasets.files import ImageFiles, check_files, read_image
-from acl_nb.datasets.lists import BENCHMARKS, git_blob_id, read_folder
+from acl_nb.datasets.files import ImageFiles, check_files, imagenet_lt, read_image
+from acl_nb.datasets.lists import BENCHMARKS, fetch_lists, git_blob_id, read_folder
 
 LISTS = {"train": b"train/a/1.jpg 0\ntrain/b/2.jpg 1\ntrain/a/3.jpg 0\n", "val": b"train/a/4.jpg 0\ntrain/b/5.jpg 1\n", "test": b"val/a/6.jpg 0\nval/b/7.jpg 1\n"}
 
@@ -100,6 +101,95 @@ def test_fetch_then_check(tiny, tmp_path, monkeypatch, capsys):
     (data/"val/a/6.jpg").write_bytes((data/"val/a/6.jpg").read_bytes()[:-20])
     code, out, err = run(["check", "imagenet_lt", "--data", data, "--decode"], monkeypatch, capsys)
     assert code == 2 and err.count("\n") == 1 and "1 missing or broken: val/a/6.jpg" in err
+
+def photographs(root):
+    "As `images`, larger than they are packed; one lies on its side."
+    for content in LISTS.values():
+        for line in content.decode().splitlines():
+            path, turned = root/line.split()[0], Image.Exif()
+            if path.name == "3.jpg": turned[274] = 6
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(int(path.stem)).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((140, 100), Image.Resampling.BICUBIC).save(path, "JPEG", exif=turned)
+
+def test_pack_then_the_same_images_are_read(tiny, tmp_path, monkeypatch, capsys):
+    base, shipped = tiny
+    data, packed = tmp_path/"data", tmp_path/"packed"
+    run(["fetch", "imagenet_lt", "--data", data, "--base", base], monkeypatch, capsys)
+    pack = ["pack", "imagenet_lt", "--data", data, "--out", packed, "--side", 64]
+    code, out, err = run(pack, monkeypatch, capsys)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "missing: train/a/1.jpg" in err and not packed.exists()
+    photographs(data)
+    code, out, err = run(pack, monkeypatch, capsys)
+    assert code == 0 and "7 images, " in out and f"--data {packed}" in out
+    code, out, err = run(["check", "imagenet_lt", "--data", packed, "--decode"], monkeypatch, capsys)
+    assert (code, err) == (0, "") and "imagenet_lt val: 2 images, 2 classes, every file there and readable" in out
+    for split in ("test", "val"):
+        loose, small = (imagenet_lt(folder, split=split, size=32) for folder in (data, packed))
+        told = small.describe()
+        assert told.pop("packed")["side"] == 64 and told == loose.describe()
+        for a, b in ((loose.train, small.train), (loose.test, small.test)):
+            found, wanted = (part.__getitems__(range(len(part))) for part in (b, a))
+            assert torch.equal(found[1], wanted[1]) and torch.equal(a.notes, b.notes)
+            assert (found[0].int() - wanted[0].int()).abs().float().mean() < 3
+    assert small.train.counted() == {"turned": 1} and small.train.skipped == []
+    loader = DataLoader(small.train, 2, num_workers=2, collate_fn=list, multiprocessing_context="spawn")
+    assert torch.equal(torch.cat([labels for _, labels, _ in loader]), small.train.labels)
+
+PACKED_BADLY = {
+    "another data set": (["check", "places_lt", "--data", "packed"], "packed must be packed from places_lt; got imagenet_lt"),
+    "a tree": (["check", "folder_lt", "--data", "packed"], "packed must be packed from a tree of folders; got the lists of imagenet_lt"),
+    "twice": (["pack", "imagenet_lt", "--data", "data", "--out", "packed"], "packed must be a new folder; got one that is packed already"),
+    "packed": (["pack", "imagenet_lt", "--data", "packed"], "packed must hold the images themselves; got a packed folder"),
+    "over the images": (["pack", "imagenet_lt", "--data", "data", "--out", "data"], "data must be a new or an empty folder"),
+    "in memory": (["pack", "digits_lt"], "a data set to pack must lie in files: imagenet_lt, "),
+    "no name": (["pack"], "`name` must be given: pack takes "),
+    "no size": (["pack", "imagenet_lt", "--data", "data", "--side", "0"], "`side` must be at least 1 pixel; got 0"),
+}
+
+def test_what_a_pack_refuses_is_one_line_and_exit_2(tiny, tmp_path, monkeypatch, capsys):
+    base, shipped = tiny
+    monkeypatch.chdir(tmp_path)
+    run(["fetch", "imagenet_lt", "--base", base], monkeypatch, capsys)
+    images(tmp_path/"data")
+    run(["pack", "imagenet_lt", "--out", "packed"], monkeypatch, capsys)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, (args, said) in PACKED_BADLY.items():
+        code, out, err = run(args, monkeypatch, capsys)
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err, (name, err)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    tar = tmp_path/"packed/images-000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])                # as an interrupted copy leaves it
+    code, out, err = run(["check", "imagenet_lt", "--data", "packed"], monkeypatch, capsys)
+    assert code == 2 and err.count("\n") == 1 and "images-000.tar must have " in err
+
+def test_a_killed_pack_goes_on(tiny, tmp_path):
+    base, shipped = tiny
+    fetch_lists("imagenet_lt", tmp_path/"data", base)
+    photographs(tmp_path/"data")
+    def pack(out, *changes):
+        "In a process of its own, two images per file."
+        setting = {"classes": 2, "parts": BENCHMARKS["imagenet_lt"].parts, "blobs": BENCHMARKS["imagenet_lt"].blobs}
+        lines = ["import os, signal", "from dataclasses import replace", "from acl_nb.datasets import packed",
+                 f"packed.BENCHMARKS['imagenet_lt'] = replace(packed.BENCHMARKS['imagenet_lt'], **{setting})",
+                 "packed.PER_FILE = 2", *changes,
+                 f"packed.pack_images('imagenet_lt', 'data', {out!r}, packed.PackSettings(64), workers=1)"]
+        (tmp_path/"go.py").write_text("\n".join(lines))
+        return subprocess.run([sys.executable, "go.py"], cwd=tmp_path, capture_output=True, text=True).returncode
+    dies = ["really, done = packed.packed_image, []",
+            "def dying(*a):",
+            "    done.append(1)",
+            "    if len(done) > 3: os.kill(os.getpid(), signal.SIGKILL)",
+            "    return really(*a)",
+            "packed.packed_image = dying"]
+    assert pack("killed", *dies) == -9 and not (tmp_path/"killed/pack.json").exists()
+    with pytest.raises(BadInput, match="train/a/1.jpg|ImageNet_LT_train.txt not found"): imagenet_lt(tmp_path/"killed")
+    first = (tmp_path/"killed/images-000.tar").stat().st_mtime_ns
+    assert pack("killed") == 0 == pack("whole") and (tmp_path/"killed/images-000.tar").stat().st_mtime_ns == first
+    names = sorted(path.name for path in (tmp_path/"whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path/"killed").iterdir()) and len(names) == 6
+    for name in set(names) - {"index.npz"}:
+        assert (tmp_path/"whole"/name).read_bytes() == (tmp_path/"killed"/name).read_bytes()
 
 def test_a_list_that_is_not_the_published_one_changes_nothing(tiny, tmp_path, monkeypatch, capsys):
     base, shipped = tiny

@@ -23,6 +23,7 @@ from ..checks import BadInput, require, user_path
 from .decoders import Note, colour_of, decode, decode_noting, image_decoder
 from .lists import BENCHMARKS, ImageList, load_lists, places_twin
 from .longtailed import LongTailed
+from .trees import PackedImages, file_bytes, is_packed, open_images
 
 # %% ../../nbs/150_datasets.files.ipynb #73d7168b
 def middle_square(
@@ -34,20 +35,13 @@ def middle_square(
     return center_crop(resize(image, [size], antialias=True), [size, size])
 
 # %% ../../nbs/150_datasets.files.ipynb #8f8fad4d
-def _file_bytes(path):
-    "The content of an image file; one that cannot be opened is named."
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise BadInput(f"{path} must be a readable image: {e.strerror or e}") from None
-
 def read_image(
     path,                    # of a JPEG, PNG, GIF, WebP, BMP or TIFF file
     size:int=None,           # side of the middle square to cut out, in pixels; default: as it is
     background:str="white",  # put below what is transparent
 ) -> torch.Tensor:           # uint8 [3, H, W], upright
     "Decode an image file; one that cannot be decoded is named."
-    return middle_square(decode(_file_bytes(path), path, background=background), size)
+    return middle_square(decode(file_bytes(path), path, background=background), size)
 
 # %% ../../nbs/150_datasets.files.ipynb #302df948
 def _filled(found):
@@ -167,13 +161,17 @@ class ImageFiles(Pictures):
     ):
         super().__init__(index.labels, index.classes, size, on_error)
         self.index, self.root, self.background = index, user_path(root), background
+        self.files = open_images(root)
         colour_of(background)
+        rule = f"`background` must be {self.files.background}, on which transparent images of {root} were packed"
+        require(self.files.background in (None, background), rule, background)
         image_decoder()  # refuses a wrong ACL_NB_DECODER; later every file would seem broken
 
     def _load(self, i):
-        path = os.path.join(self.root, self.index.path(i))
-        image, notes = decode_noting(_file_bytes(path), path, background=self.background)
-        self.notes[i] |= notes
+        name = self.index.path(i)
+        path = os.path.join(self.root, name)
+        image, notes = decode_noting(self.files.read(name), path, background=self.background)
+        self.notes[i] |= notes | self.files.noted(name)
         return middle_square(image, self.size)
 
     def _name(self, i): return self.index.path(i)
@@ -192,8 +190,8 @@ class ImageFiles(Pictures):
         self.index.digest_into(sha)
 
 # %% ../../nbs/150_datasets.files.ipynb #888f1215
-def _decodes(path):
-    try: read_image(path)
+def _decodes(images, name):
+    try: decode(images.read(name))
     except BadInput: return False
     return True
 
@@ -222,11 +220,9 @@ def check_files(
 ) -> int:               # files found
     "Every file of a list exists and, with `decode`, is readable; else an error names the first 20."
     if decode: image_decoder()  # refuses a wrong ACL_NB_DECODER; else every file would seem broken
-    root = user_path(root)
+    root, images = user_path(root), open_images(root)
 
-    def _is_good(name):
-        path = os.path.join(root, name)
-        return os.path.isfile(path) and (not decode or _decodes(path))
+    def _is_good(name): return images.has(name) and (not decode or _decodes(images, name))
 
     bad = _refused_files(index, _is_good, workers)
     readable, or_broken = (", readable", " or broken") if decode else ("", "")
@@ -254,6 +250,12 @@ def _places_twins(index, names):
     twins = [places_twin(index.path(i), names[y]) for i, y in enumerate(labels)]
     return ImageList(np.array([os.fsencode(path) for path in twins]), index.labels, names)
 
+def _packed_lists(name, root, parts):
+    "The lists of a packed folder, which were checked when it was packed."
+    images = PackedImages(root)
+    require(images.facts["name"] == name, f"{root} must be packed from {name}", images.facts["name"])
+    return {part: images.list_of(part) for part in parts or images.facts["parts"]}
+
 def _as_on_disk(index, root, names):
     "A Places list with the paths that `root` holds: its own or those of the other family."
     def _is_there(some): return (root/some.path(0)).is_file()
@@ -269,6 +271,7 @@ def benchmark_files(
 ) -> dict:       # part -> `ImageList`, its paths as they are below `data`
     "A benchmark's lists, checked, with the paths that this disk has."
     root = user_path(data or "data")
+    if is_packed(root): return _packed_lists(name, root, parts)
     lists = load_lists(name, root, parts)
     if not name.startswith("places_lt"): return lists
     names = next(iter(lists.values())).classes
@@ -279,7 +282,7 @@ def _require_images(name, index, root):
     "The images of a benchmark are below `root`, as far as its first one tells."
     first = index.path(0)
     rule = f"{root} must hold the images of {name}: {BENCHMARKS[name].images}"
-    require((root/first).is_file(), rule, f"no {first}")
+    require(open_images(root).has(first), rule, f"no {first}")
 
 def _from_lists(name, data, split, size, on_error, mean, std):
     "A benchmark from its lists: trained on `train`, tested on `split`."
@@ -289,7 +292,7 @@ def _from_lists(name, data, split, size, on_error, mean, std):
     for index in lists.values(): _require_images(name, index, root)
     train = ImageFiles(lists["train"], root, size, on_error)
     test = ImageFiles(lists[split], root, size, "raise")
-    return LongTailed(name, train, test, train.classes, mean, std, split)
+    return LongTailed(name, train, test, train.classes, mean, std, split, dict(train.files.record))
 
 # %% ../../nbs/150_datasets.files.ipynb #5c86a7de
 def imagenet_lt(
