@@ -43,6 +43,7 @@ bench: $(NEEDS) ## speed and memory against limits and peers, into bench/*.json;
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_losses.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_views.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_step.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_loading.py
 	OMP_NUM_THREADS=2 $(BIN)/python tests/bench_widgets.py
 
 bench-gpu: ## all that a GPU is to show, into bench/gpu.json; ARGS="--only right,loss" chooses

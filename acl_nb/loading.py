@@ -127,7 +127,7 @@ def placed(
 
 # %% ../nbs/450_loading.ipynb #07bf1587
 class GatheredBatches:
-    "Batches of images in memory, gathered where the images lie; each iteration reads the positions anew."
+    "Batches of images in memory, gathered where they lie; each iteration reads the positions anew."
     def __init__(self,
         dataset:ImageArray,  # on any device
         batches,             # lists of positions
@@ -136,7 +136,7 @@ class GatheredBatches:
 
     def __len__(self): return len(self.batches)
 
-    def __iter__(self): # (images uint8 [b, C, H, W] and labels [b] where they lie, positions [b] on the CPU)
+    def __iter__(self): # (images uint8 [b, C, H, W], labels [b]; positions [b] on the CPU)
         batches = [torch.as_tensor(ids) for ids in self.batches]
         if not batches: return
         images, labels = self.dataset.images, self.dataset.labels
@@ -186,7 +186,7 @@ def count_workers(
 ) -> int:
     "How many processes load images; a number that can't work is refused."
     require(workers is None or workers >= 0, "`workers` must be at least 0", workers)
-    if _in_memory(dataset) and not dataset.labels.is_cpu: return 0     # no other process can reach it
+    if _in_memory(dataset) and not dataset.labels.is_cpu: return 0     # no other process reaches it
     loads_itself = isinstance(dataset, ImageArray) or _unsendable(dataset)
     if workers is None and loads_itself: return 0
     wanted = _usual_workers() if workers is None else workers

@@ -113,8 +113,9 @@ def test_loading_images_in_memory_never_waits(place, operations):
         on_host = [[t.cpu() for t in batch] for batch in found]
     assert waits == 0, gpu.places.most_common(10)
     assert operated <= batches * operations + 1                              # the positions of all batches in one copy
-    order = DataLoader(data.train, batch_sampler=EpochBatches(STEPS * BATCH, BATCH, run.parts.recipe.seed), collate_fn=list)
-    for there, here in zip(on_host, order, strict=True):
+    order = EpochBatches(STEPS * BATCH, BATCH, parts.recipe.seed)
+    loader = DataLoader(data.train, batch_sampler=order, collate_fn=list)
+    for there, here in zip(on_host, loader, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
 
 LOSSES = {"acl, adjusted": dict(loss="acl", negatives="adjusted"), "scl": dict(loss="scl"), "dscl": dict(loss="dscl"),

@@ -136,15 +136,15 @@ def test_pack_then_the_same_images_are_read(tiny, tmp_path, monkeypatch, capsys)
     loader = DataLoader(small.train, 2, num_workers=2, collate_fn=list, multiprocessing_context="spawn")
     assert torch.equal(torch.cat([labels for _, labels, _ in loader]), small.train.labels)
 
-PACKED_BADLY = {
-    "another data set": (["check", "places_lt", "--data", "packed"], "packed must be packed from places_lt; got imagenet_lt"),
-    "a tree": (["check", "folder_lt", "--data", "packed"], "packed must be packed from a tree of folders; got the lists of imagenet_lt"),
-    "twice": (["pack", "imagenet_lt", "--data", "data", "--out", "packed"], "packed must be a new folder; got one that is packed already"),
-    "packed": (["pack", "imagenet_lt", "--data", "packed"], "packed must hold the images themselves; got a packed folder"),
-    "over the images": (["pack", "imagenet_lt", "--data", "data", "--out", "data"], "data must be a new or an empty folder"),
-    "in memory": (["pack", "digits_lt"], "a data set to pack must lie in files: imagenet_lt, "),
-    "no name": (["pack"], "`name` must be given: pack takes "),
-    "no size": (["pack", "imagenet_lt", "--data", "data", "--side", "0"], "`side` must be at least 1 pixel; got 0"),
+PACKED_BADLY = {     # words of the command line -> what is said
+    "check places_lt --data packed": "packed must be packed from places_lt; got imagenet_lt",
+    "check folder_lt --data packed": "packed must be packed from a tree of folders; got the lists of imagenet_lt",
+    "pack imagenet_lt --out packed": "packed must be a new folder; got one that is packed already",
+    "pack imagenet_lt --data packed": "packed must hold the images themselves; got a packed folder",
+    "pack imagenet_lt --out data": "data must be a new or an empty folder",
+    "pack digits_lt": "a data set to pack must lie in files: imagenet_lt, ",
+    "pack": "`name` must be given: pack takes ",
+    "pack imagenet_lt --side 0": "`side` must be at least 1 pixel; got 0",
 }
 
 def test_what_a_pack_refuses_is_one_line_and_exit_2(tiny, tmp_path, monkeypatch, capsys):
@@ -154,9 +154,9 @@ def test_what_a_pack_refuses_is_one_line_and_exit_2(tiny, tmp_path, monkeypatch,
     images(tmp_path/"data")
     run(["pack", "imagenet_lt", "--out", "packed"], monkeypatch, capsys)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for name, (args, said) in PACKED_BADLY.items():
-        code, out, err = run(args, monkeypatch, capsys)
-        assert (code, out, err.count("\n")) == (2, "", 1) and said in err, (name, err)
+    for words, said in PACKED_BADLY.items():
+        code, out, err = run(words.split(), monkeypatch, capsys)
+        assert (code, out, err.count("\n")) == (2, "", 1) and said in err, (words, err)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     tar = tmp_path/"packed/images-000.tar"
     tar.write_bytes(tar.read_bytes()[:-512])                # as an interrupted copy leaves it

@@ -10,7 +10,6 @@ __all__ = ['middle_square', 'read_image', 'Pictures', 'ImageFiles', 'check_files
 import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -161,10 +160,8 @@ class ImageFiles(Pictures):
     ):
         super().__init__(index.labels, index.classes, size, on_error)
         self.index, self.root, self.background = index, user_path(root), background
-        self.files = open_images(root)
+        self.files = open_images(root, background)
         colour_of(background)
-        rule = f"`background` must be {self.files.background}, on which transparent images of {root} were packed"
-        require(self.files.background in (None, background), rule, background)
         image_decoder()  # refuses a wrong ACL_NB_DECODER; later every file would seem broken
 
     def _load(self, i):
@@ -250,12 +247,6 @@ def _places_twins(index, names):
     twins = [places_twin(index.path(i), names[y]) for i, y in enumerate(labels)]
     return ImageList(np.array([os.fsencode(path) for path in twins]), index.labels, names)
 
-def _packed_lists(name, root, parts):
-    "The lists of a packed folder, which were checked when it was packed."
-    images = PackedImages(root)
-    require(images.facts["name"] == name, f"{root} must be packed from {name}", images.facts["name"])
-    return {part: images.list_of(part) for part in parts or images.facts["parts"]}
-
 def _as_on_disk(index, root, names):
     "A Places list with the paths that `root` holds: its own or those of the other family."
     def _is_there(some): return (root/some.path(0)).is_file()
@@ -271,7 +262,7 @@ def benchmark_files(
 ) -> dict:       # part -> `ImageList`, its paths as they are below `data`
     "A benchmark's lists, checked, with the paths that this disk has."
     root = user_path(data or "data")
-    if is_packed(root): return _packed_lists(name, root, parts)
+    if is_packed(root): return PackedImages(root).lists_of(name, parts)
     lists = load_lists(name, root, parts)
     if not name.startswith("places_lt"): return lists
     names = next(iter(lists.values())).classes

@@ -139,7 +139,7 @@ def file_bytes(
 
 class LooseImages:
     "Images that lie one by one below a folder."
-    record, background = {}, None       # nothing was done to them
+    record = {}       # nothing was done to them
 
     def __init__(self,
         root,   # the folder
@@ -230,6 +230,16 @@ def list_of(self:PackedImages,
     paths = self.index["paths"][rows]
     return ImageList(paths, labels, listed["classes"], listed["left_out"])
 
+@patch
+def lists_of(self:PackedImages,
+    name:str,      # of the data set that it must have been packed from
+    parts=None,    # their names; None: all
+) -> dict:         # part -> `ImageList`
+    "The lists of several parts."
+    packed = self.facts["name"]
+    require(packed == name, f"{self.root} must be packed from {name}", packed)
+    return {part: self.list_of(part) for part in parts or self.facts["parts"]}
+
 # %% ../../nbs/130_datasets.trees.ipynb #6d9cf880
 def is_packed(
     root,     # a folder
@@ -238,7 +248,12 @@ def is_packed(
     return (user_path(root)/PACK).is_file()
 
 def open_images(
-    root,     # a folder of images, loose or packed
-):            # `PackedImages` or `LooseImages`
+    root,             # a folder of images, loose or packed
+    background=None,  # that is put below what is transparent; None: any
+):                    # `PackedImages` or `LooseImages`
     "The images of a folder, by their names."
-    return PackedImages(root) if is_packed(root) else LooseImages(root)
+    if not is_packed(root): return LooseImages(root)
+    images = PackedImages(root)
+    rule = f"`background` must be {images.background}, on which transparent images of {root} were packed"
+    require(background is None or images.background in (None, background), rule, background)
+    return images
