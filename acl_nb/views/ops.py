@@ -20,7 +20,7 @@ def _each(values):
     return values.view(-1, 1, 1, 1)
 
 def _whole(x):
-    "Numbers in 0..255 as bytes, the fraction dropped; on a CPU the way over 16 bits is the fast one."
+    "Numbers in 0..255 as bytes, the fraction dropped; on a CPU fast by way of 16 bits."
     return x.to(torch.int16).to(torch.uint8)
 
 def _bytes(x):
@@ -70,7 +70,7 @@ def contrast(
     "Away from the image's mean grey, or towards it; not `acl_nb.pairs.contrast`, which contrasts embeddings."
     x = images.float()
     pixels = x.shape[2] * x.shape[3]
-    total = _luminance(x).sum(3).long().sum((1, 2))     # a row is exact in float32, an image in whole numbers
+    total = _luminance(x).sum(3).long().sum((1, 2))     # float32 is exact for a row, not for an image
     mean = (2 * total + pixels) // (2 * pixels)
     return _blend(x, _each(mean.float()), magnitude)
 
@@ -203,7 +203,7 @@ def geometric(
 
 # %% ../../nbs/21_views.ops.ipynb #9b3c6c22
 def _hue_and_range(f):
-    "Hue in sixths, chroma, least and greatest channel [n, H, W] of float [n, 3, H, W], overwritten."
+    "Hue in sixths, chroma, least and greatest channel [n, H, W] of f [n, 3, H, W], overwritten."
     r, g, b = f.unbind(1)
     high = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
