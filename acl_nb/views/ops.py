@@ -8,8 +8,6 @@ __all__ = ['OPERATIONS', 'CODES', 'brightness', 'grey', 'color', 'contrast', 'sh
            'compile_operations']
 
 # %% ../../nbs/210_views.ops.ipynb #050ffc32
-from math import ceil
-
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +20,7 @@ def _each(values):
     return values.view(-1, 1, 1, 1)
 
 def _whole(x):
-    "Numbers in 0..255 as bytes, the fraction dropped; by 16 bits, since a CPU has no fast way from float to byte."
+    "Numbers in 0..255 as bytes, the fraction dropped; on a CPU fast by way of 16 bits."
     return x.to(torch.int16).to(torch.uint8)
 
 def _bytes(x):
@@ -42,14 +40,12 @@ def brightness(
     return _bytes(images.float().mul_(_each(1 + magnitude)))
 
 # %% ../../nbs/210_views.ops.ipynb #ca2912ba
-_RED, _GREEN, _BLUE = (weight / 2**16 for weight in (19595, 38470, 7471))
-
 def _luminance(x):
     "Whole numbers, float [n, 1, H, W], of float [n, C, H, W]."
-    if x.shape[1] == 1:
-        return x
+    if x.shape[1] == 1: return x.clone()
     r, g, b = x.split(1, 1)
-    return (r * _RED).add_(g, alpha=_GREEN).add_(b, alpha=_BLUE).add_(0.5).floor_()
+    weighted = (r * (19595 / 2**16)).add_(g, alpha=38470 / 2**16).add_(b, alpha=7471 / 2**16)
+    return weighted.add_(0.5).floor_()
 
 def grey(
     images:torch.Tensor,  # uint8 [n, C, H, W], C = 1 or 3
@@ -63,8 +59,6 @@ def color(
     magnitude:torch.Tensor,  # [n], -1 grey … 0 unchanged … 1 twice as colourful
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Away from grey, or towards it: saturation."
-    if images.shape[1] == 1:
-        return images
     x = images.float()
     return _blend(x, _luminance(x), magnitude)
 
@@ -76,7 +70,7 @@ def contrast(
     "Away from the image's mean grey, or towards it; not `acl_nb.pairs.contrast`, which contrasts embeddings."
     x = images.float()
     pixels = x.shape[2] * x.shape[3]
-    total = _luminance(x).sum(3).long().sum((1, 2))     # a row is exact in float32, an image in whole numbers
+    total = _luminance(x).sum(3).long().sum((1, 2))     # float32 is exact for a row, not for an image
     mean = (2 * total + pixels) // (2 * pixels)
     return _blend(x, _each(mean.float()), magnitude)
 
@@ -209,10 +203,7 @@ def geometric(
 
 # %% ../../nbs/210_views.ops.ipynb #9b3c6c22
 def _hue_and_range(f):
-    """Hue in sixths of the circle, chroma, smallest and largest channel, each [n, H, W].
-
-    Of float [n, 3, H, W], which is overwritten.
-    """
+    "Hue in sixths, chroma, least and greatest channel [n, H, W] of f [n, 3, H, W], overwritten."
     r, g, b = f.unbind(1)
     high = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
@@ -229,8 +220,7 @@ def hue(
     magnitude:torch.Tensor,  # [n], share of the colour circle, -0.5..0.5
 ) -> torch.Tensor:           # uint8 [n, C, H, W]
     "Turn the hue; red, green, blue follow each other at thirds."
-    if images.shape[1] == 1:
-        return images
+    if images.shape[1] == 1: return images
     out = images.float()
     h, c, low, high = _hue_and_range(out)
     h.add_(6 * magnitude.view(-1, 1, 1))
@@ -239,10 +229,8 @@ def hue(
     for k, middle in enumerate((3, 2, 4)):
         torch.sub(h, middle, out=out[:, k])
     out.abs_().clamp_(1, 2).mul_(c[:, None])                            # c·d
-    red, green_and_blue = out[:, 0], out[:, 1:]
-    red.add_(low.sub_(c).add_(0.5))                                     # red rises with it,
-    highest = high.add_(c).add_(0.5)[:, None]
-    torch.sub(highest, green_and_blue, out=green_and_blue)              # green and blue fall
+    out[:, 0].add_(low.sub_(c).add_(0.5))                               # red rises with it,
+    torch.sub(high.add_(c).add_(0.5)[:, None], out[:, 1:], out=out[:, 1:])    # green and blue fall
     return _whole(out)
 
 # %% ../../nbs/210_views.ops.ipynb #e9568eb5
@@ -264,17 +252,14 @@ CODES = {name: code for code, name in enumerate(OPERATIONS)}
 _GROUPS = [None, geometric, *list(OPERATIONS.values())[len(GEOMETRIC):]]
 
 # %% ../../nbs/210_views.ops.ipynb #c769a81b
-_IN_CACHE = 3 * 2**16    # values of the images of a block
-
 def in_blocks(
     operation,            # function (images, …) -> images, each image by itself
     images:torch.Tensor,  # [n, C, H, W]
     *others,              # more arguments [n, …]
 ) -> torch.Tensor:        # the results, together
     "Run an operation on a CPU in blocks that fit the cache; on other devices at once."
-    n_blocks = ceil(images.numel() / _IN_CACHE)
-    if n_blocks <= 1 or not images.is_cpu:
-        return operation(images, *others)
+    n_blocks = 1 + images.numel() // (3 * 2**16) if images.is_cpu else 1
+    if n_blocks == 1: return operation(images, *others)
     blocks = zip(*(t.chunk(n_blocks) for t in (images, *others)))
     return torch.cat([operation(*block) for block in blocks])
 
@@ -300,8 +285,7 @@ def on_some(
     if not others and not images.is_cpu:        # cheaper than to wait for their number
         return torch.where(_each(brought_to(images.device, chosen)), operation(images), images)
     ids = chosen.nonzero()[:, 0]
-    if len(ids) == 0:
-        return images
+    if len(ids) == 0: return images
     taken = [t.index_select(0, brought_to(t.device, ids)) for t in (images, *others)]
     done = in_blocks(operation, *taken)
     return replaced(images, ids, done)
@@ -313,10 +297,8 @@ def _group_of(codes):
 
 def _run(operation, images, there, magnitude, codes):
     "`there` [n] is the magnitude on the images' device."
-    if operation is None:
-        return images
-    if operation is geometric:
-        return in_blocks(operation, images, magnitude, codes)
+    if operation is None: return images
+    if operation is geometric: return in_blocks(operation, images, magnitude, codes)
     return in_blocks(operation, images, there)
 
 # %% ../../nbs/210_views.ops.ipynb #a112b788
@@ -336,8 +318,7 @@ def apply_operations(
     there = brought_to(device, magnitude)
     by_group = zip(*(t.split(sizes) for t in (images, there, magnitude, codes)))
     done = [_run(operation, *part) for operation, part in zip(_GROUPS, by_group) if len(part[0])]
-    if not done:
-        return images
+    if not done: return images
     back = torch.empty_like(order)
     back.scatter_(0, order, torch.arange(len(order)))
     return torch.cat(done).index_select(0, brought_to(device, back))
