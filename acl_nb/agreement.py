@@ -29,8 +29,8 @@ from .views import POLICIES, ViewPipeline
 
 # %% ../nbs/720_agreement.ipynb #1d4ec464
 def loss_cases() -> dict: # name of the case -> (a key of `LOSSES`, settings)
-    "Every loss, ACL in all its forms."
-    cases = {name: (name, {}) for name in LOSSES if name != "acl"}
+    "Every loss, ACL in all its forms; but for GCL, which draws other noise in another precision."
+    cases = {name: (name, {}) for name in LOSSES if name not in ("acl", "gcl")}
     for negatives in NEGATIVES:
         for aligned in (True, False):
             form = "aligned" if aligned else "not aligned"
@@ -54,6 +54,7 @@ def _value_and_gradients(case, batch, C, device, dtype):
     z, logits, centers, keys = (t.to(device, dtype) for t in numbers)
     if traits.keys == "encoder": z, logits = z[:, :1], logits[:, :1]
     past = () if traits.keys == "none" else (keys, key_labels.to(device))
+    if traits.keys == "means": past = 0.8 * centers, torch.arange(C, device=device)     # shorter than 1
     counts, alone = class_counts(C, 500, 100), traits.kind == "classifier"
     objective = Objective(name, counts, branch=alone, **settings).to(device)
 

@@ -32,7 +32,8 @@ from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run
 from .report import accuracy_line, images_line, run_intervals
-from .settings import LOCATIONS, DataSettings, LossSettings, NetworkSettings, Recipe
+from .settings import LOCATIONS, DataSettings, LossSettings, NetworkSettings, OptimizerSettings
+from .settings import Recipe
 from .trainer import fit
 
 # %% ../nbs/750_cli.ipynb #f6ea9614
@@ -73,7 +74,7 @@ def field_readers(
 
 # %% ../nbs/750_cli.ipynb #682619aa
 _GROUPS = {"DATA": DataSettings, "NETWORK": NetworkSettings, "LOSS": LossSettings,
-           "TRAINING": Recipe}          # which declares the rest
+           "OPTIMISER": OptimizerSettings, "TRAINING": Recipe}          # which declares the rest
 _FIELDS = [f.name for f in fields(Recipe)]
 
 def _shown(value):
@@ -97,7 +98,7 @@ def field_table(
         own = [field for field in group.__annotations__ if not names or field in names]
         if own: rows += [[""] * 4, [title, "", "", ""]]
         rows += [_field_row(group, field) for field in own]
-    return text_table(rows, left=4, wrap={2: 41, 3: 30})
+    return text_table(rows, left=4, wrap={2: 41, 3: 27})
 
 # %% ../nbs/750_cli.ipynb #fb52b6bf
 def parse_settings(

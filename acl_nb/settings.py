@@ -114,7 +114,9 @@ class LossSettings:
 # %% ../nbs/500_settings.ipynb #cda1fc87
 @dataclass(frozen=True)
 class OptimizerSettings:
-    "How the loss is minimised."
+    "How long and how fast the loss is minimised."
+    epochs: int = setting(30, at_least(1))                 # passes over the training images
+    batch_size: int = setting(64, at_least(2))             # images with V views, over all processes
     sampling: str = setting("uniform", one_of(SAMPLING))   # uniform | square_root | class_balanced
     optimizer: str = setting("sgd", known_optimizer)       # sgd | adamw | timm/NAME
     lr: float = setting(0.1, above_zero)                   # peak learning rate
@@ -125,11 +127,8 @@ class OptimizerSettings:
     encoder_lr: float = setting(1.0, above_zero)           # the encoder's rate in units of the heads'
     schedule: str = setting("cosine", one_of(SCHEDULES))   # cosine | steps | constant
     warmup: float = setting(0.05, below_one)               # share of the run with a rising rate
-    accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
-    sub_batch: int | None = setting(None, at_least(2))     # views encoded at a time; None: all
-    clip: float | None = setting(None, above_zero)         # largest norm of a gradient; None: any
-    sam: float = setting(0.0, at_least(0))                 # ρ, climbed before a gradient; 0: no
-    ema: float | None = setting(None, below_one)           # decay of averaged weights; None: none
+    seed: int = setting(0, seed_number)                    # of initial weights, batches and views
+    test_every: int = setting(1, at_least(1))              # epochs from one test to the next
 
 # %% ../nbs/500_settings.ipynb #dc6b7c29
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -255,10 +254,11 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 @dataclass(frozen=True)
 class Recipe(OptimizerSettings, LossSettings, NetworkSettings, DataSettings):    # the last base's fields come first
     "All settings of a run; checked when made, never changed after."
-    epochs: int = setting(30, at_least(1))                 # passes over the training images
-    batch_size: int = setting(64, at_least(2))             # images with V views, over all processes
-    seed: int = setting(0, seed_number)                    # of initial weights, batches and views
-    test_every: int = setting(1, at_least(1))              # epochs from one test to the next
+    accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
+    sub_batch: int | None = setting(None, at_least(2))     # views encoded at a time; None: all
+    clip: float | None = setting(None, above_zero)         # largest norm of a gradient; None: any
+    sam: float = setting(0.0, at_least(0))                 # ρ, climbed before a gradient; 0: no
+    ema: float | None = setting(None, below_one)           # decay of averaged weights; None: none
     queue: int = setting(0, at_least(0))                   # past keys kept for paco and gpaco
     key_momentum: float = setting(0.999, below_one)        # of paco's second encoder
     precision: str = setting("auto", one_of(_PRECISIONS))  # auto | fp32 | bf16 | fp16
