@@ -167,10 +167,7 @@ def _join(number, of, folder, backend):
     dist.destroy_process_group()
 
 # %% ../nbs/720_agreement.ipynb #81b65ddb
-_CODE = """import sys
-from acl_nb.agreement import _join
-_join(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
-"""
+_CODE = "import sys; from acl_nb.agreement import _join; _join(*map(int, sys.argv[1:3]), *sys.argv[3:])"
 
 def _started(number, of, folder, backend):
     command = [sys.executable, "-c", _CODE, str(number), str(of), folder, backend]
