@@ -79,7 +79,7 @@ SMALLER = {"digits_lt": {}, **{name: dict(kind="balanced", n_max=4) for name in 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_of(name, data, monkeypatch):
     fetched = []
-    monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda net, encoder: fetched.append(encoder))
+    monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda net, encoder, side: fetched.append(encoder))
     usual = recipe(name)
     r = recipe(name, data=str(data(usual.dataset)), batch_size=4, **SMALLER.get(usual.dataset, dict(size=32)))
     run = one_step(r)
