@@ -82,13 +82,13 @@ def test_tf32_changes_no_view_and_stays_as_the_user_set_it(usual_precision, monk
     exact = cropped_and_blurred()
     switch_on()
     before, within = precisions(), []
-    product = torch.baddbmm
+    def watching(product):
+        def watched(*args, **more):
+            within.append(precisions()[1:3])
+            return product(*args, **more)
+        return watched
 
-    def watched(*args):
-        within.append(precisions()[1:3])
-        return product(*args)
-
-    monkeypatch.setattr(torch, "baddbmm", watched)
+    for name in ("baddbmm", "bmm", "matmul"): monkeypatch.setattr(torch, name, watching(getattr(torch, name)))
     assert torch.equal(cropped_and_blurred(), exact)
     assert precisions() == before
     assert len(within) > 0 and all(set(found) <= {"ieee", "none"} for found in within)
