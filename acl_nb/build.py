@@ -75,7 +75,8 @@ def build_network(
     freeze(network.encoder, r.freeze)
     if r.lora: add_lora(network.encoder, r.lora)
     if r.checkpointing: checkpoint_activations(network.encoder)
-    network.at_once = r.sub_batch
+    network.at_once, network.encoder_rests = r.sub_batch, r.freeze == "all"
+    network.train()
     if r.sync_bn: network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(memory_format=torch.channels_last) if r.channels_last else network
 

@@ -87,7 +87,8 @@ _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
                 "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 
 def _torchvision(name, in_channels):
-    net = ResNet(Bottleneck, [3, 24, 36, 3]) if name == "resnet200" else get_model(name, weights=None)
+    if name == "resnet200": net = ResNet(Bottleneck, [3, 24, 36, 3])
+    else: net = get_model(name, weights=None)
     net.out_dim, net.fc = net.fc.in_features, nn.Identity()
     if in_channels != 3: net.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
     return net
@@ -152,19 +153,22 @@ def encoder(
     name:str,            # a key of `ENCODERS`, or timm/NAME
     in_channels:int=3,   # channels of the images
     size:int=None,       # side of the images in pixels, for those of timm's that take one size only
-    drop_path:float=0.,  # share of a block's results left out in training (Huang et al. 2016); timm's
+    drop_path:float=0.,  # share of a block's results left out in training (Huang et al. 2016)
 ) -> nn.Module:          # [N, in_channels, H, W] -> [N, out_dim]; has `out_dim`
     "An encoder by name, with random weights."
     of_timm = name.startswith("timm/")
-    require(of_timm or not drop_path, "`drop_path` is for timm's encoders", f"{drop_path} with {name}")
-    return find_encoder(name)(in_channels, **(_asked_of_timm(name, size, drop_path) if of_timm else {}))
+    rule = "`drop_path` is for timm's encoders"
+    require(of_timm or not drop_path, rule, f"{drop_path} with {name}")
+    asked = _asked_of_timm(name, size, drop_path) if of_timm else {}
+    return find_encoder(name)(in_channels, **asked)
 
 # %% ../nbs/400_encoders.ipynb #d90e04d7
 def _published(name, size):
     "(function that fetches an encoder's published weights, where a file of them belongs)"
     if name.startswith("timm/"):
         asked = _asked_of_timm(name, size)
-        fetch = lambda: _from_timm(name.removeprefix("timm/"), 3, pretrained=True, **asked).state_dict()
+        short = name.removeprefix("timm/")
+        fetch = lambda: _from_timm(short, 3, pretrained=True, **asked).state_dict()
         return fetch, "its file from the Hugging Face hub into the cache there"
     weights = get_model_weights(name)
     weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)
@@ -201,18 +205,19 @@ def load_pretrained(
 
 # %% ../nbs/400_encoders.ipynb #7f17222c
 _OTHER_HEADS = ("fc.", "head.", "classifier.", "centers.", "means")
-_WRAPPED = ("state_dict", "model", "model_state_dict")      # names under which checkpoints keep weights
+_WRAPPED = ("state_dict", "model", "model_state_dict")      # where checkpoints keep weights
 
 def _tensors_in(path):
     "The tensors in a .safetensors file or a checkpoint of torch."
+    rule = "`encoder_weights` must be a file of tensors"
     try:
         if str(path).endswith(".safetensors"): return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         reason = " ".join(str(e).split())[:120]
-        raise BadInput(f"`encoder_weights` must be a file of tensors, {path} is none that can be read: {reason}") from None
+        raise BadInput(f"{rule}, {path} is none that can be read: {reason}") from None
     for key in _WRAPPED: found = found.get(key, found) if isinstance(found, dict) else found
-    require(isinstance(found, dict), "`encoder_weights` must be a file of tensors by name", type(found).__name__)
+    require(isinstance(found, dict), f"{rule} by name", type(found).__name__)
     return {k: v for k, v in found.items() if torch.is_tensor(v)}
 
 def _without_prefix(tensors, wanted):
@@ -234,5 +239,6 @@ def load_weights(
     unfit = [k for k, v in wanted.items() if k not in kept or kept[k].shape != v.shape]
     unfit += [k for k in kept if k not in wanted]
     rule = f"`encoder_weights` must be those of the encoder, {path} has others"
-    require(not unfit, rule, f"{len(unfit)} names or shapes that do not fit, the first is {unfit[:1]}")
+    got = f"{len(unfit)} names or shapes that do not fit, the first is {unfit[:1]}"
+    require(not unfit, rule, got)
     net.load_state_dict(kept)

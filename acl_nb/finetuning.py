@@ -283,7 +283,6 @@ def check_finetuning(
 ):
     "Rules between the settings of an encoder and its training."
     of_timm, all_frozen = r.encoder.startswith("timm/"), r.freeze == "all"
-    for_timm = "is for timm's encoders"
     one_place = "an encoder starts from one place: `pretrained` or `encoder_weights`"
     published = "only torchvision's and timm's encoders have statistics of their own"
     linear = "`lora` is for encoders with linear layers, such as timm's transformers"
@@ -294,8 +293,8 @@ def check_finetuning(
     rules = [
         (not (r.pretrained and r.encoder_weights), one_place, "both"),
         (r.statistics != "encoder" or has_published_weights(r.encoder), published, r.encoder),
-        (of_timm or not r.drop_path, f"`drop_path` {for_timm}", r.encoder),
-        (of_timm or not r.checkpointing, f"`checkpointing` {for_timm}", r.encoder),
+        (of_timm or not r.drop_path, "`drop_path` is for timm's encoders", r.encoder),
+        (of_timm or not r.checkpointing, "`checkpointing` is for timm's encoders", r.encoder),
         (of_timm or not r.lora, linear, r.encoder),
         (not r.lora or r.freeze == "none", itself, r.freeze),
         (no_layers or not all_frozen and not r.lora, f"`layer_decay` must be none: {frozen}", r.layer_decay),

@@ -40,7 +40,7 @@ def _require_sound(off_z, off_centers, loss=0., step=None):
     if not isfinite(loss): raise Diverged(f"the loss is {loss}", False, step)
 
 # %% ../nbs/560_loop.ipynb #1f14e7d5
-def with_mixed(parts, views, labels):
+def _with_mixed(parts, views, labels):
     "The views that the network sees, and how they are mixed; None where they are as they were."
     r = parts.recipe
     if not (r.mixup or r.cutmix): return views, None
@@ -51,35 +51,45 @@ def with_mixed(parts, views, labels):
     mixed = mix_images(views[:, :1], labels, how)
     return torch.cat([views, mixed.images], 1), mixed
 
-def unmixed(out, n_views):
+def _unmixed(out, n_views):
     "The embeddings of the views that were not mixed, and the logits of those that were."
     alone = out.z.shape[1] == n_views
     return out if alone else out._replace(z=out.z[:, :n_views], logits=out.logits[:, n_views:])
 
+# %% ../nbs/560_loop.ipynb #d14c7d7f
+def _seen(parts, views, labels):
+    "What the network makes of the views; partners of all processes and their share, where it mixes."
+    shown, mixed = _with_mixed(parts, views, labels)
+    with parts.half(): out = parts.network(parts.keys.asking(shown))
+    if mixed is not None:
+        out = _unmixed(out, views.shape[1])
+        mixed = all_gather(mixed.partners), mixed.share
+    return out._replace(z=all_gather(out.z)), mixed
+
+def _over_ranks(loss, terms):
+    "The loss and its terms as means over the processes."
+    if world_size() == 1: return loss, terms
+    loss, *values = mean_of_ranks(torch.stack([loss, *terms.values()])).unbind()
+    return loss, dict(zip(terms, values))
+
 # %% ../nbs/560_loop.ipynb #528d2239
 def batch_loss(
     parts:Parts,  # of the run
-    batch,        # images uint8 [b, C, H, W], or their views; labels [b], positions [b]: this process's part
+    batch,        # of this process: images uint8 [b, C, H, W] or views; labels [b], positions [b]
     epoch:int,    # 0, 1, …
     signs=None,   # a list: on an accelerator, signs of divergence are added instead of looked at
 ) -> tuple:       # the loss, and its terms by name
     "Loss of the batch of all processes."
     images, labels = sent_to(parts.device, *batch[:2])
     views = images if images.is_floating_point() else parts.views(images, batch[2], epoch)
-    shown, mixed = with_mixed(parts, views, labels)
-    with parts.half(): out = parts.network(parts.keys.asking(shown))
-    out = unmixed(out, views.shape[1]) if mixed is not None else out
+    out, mixed = _seen(parts, views, labels)
     labels = all_gather(labels)
-    out = out._replace(z=all_gather(out.z))             # of all processes; the logits of this one alone
     lengths = _lengths(out)
     look = signs is None or check_is_due("divergence", out.z)
     if look: _require_sound(*lengths.tolist())
     with parts.half(): keys = parts.keys(views, out.z, labels)
-    two = None if mixed is None else (all_gather(mixed.partners), mixed.share)
-    loss, terms = parts.objective_at(epoch)(out, labels, *keys, share=own_share(), mixed=two)
-    if world_size() > 1:                                # means, whose gradients are this process's part
-        loss, *values = mean_of_ranks(torch.stack([loss, *terms.values()])).unbind()
-        terms = dict(zip(terms, values))
+    loss, terms = parts.objective_at(epoch)(out, labels, *keys, share=own_share(), mixed=mixed)
+    loss, terms = _over_ranks(loss, terms)
     if look: _require_sound(0., 0., loss.item())
     else: signs.append(torch.cat([lengths, loss.detach()[None]]))
     return loss, terms
@@ -105,7 +115,7 @@ def gradients(
 
 # %% ../nbs/560_loop.ipynb #7a2d0971
 @contextmanager
-def climbed(parts, rho):
+def _climbed(parts, rho):
     "Within, the weights are ρ further along their gradient."
     weights = [p for p in parts.bare.parameters() if p.grad is not None]
     gradient = [p.grad for p in weights]
@@ -232,23 +242,33 @@ def end_epoch(
     run.epoch, run.batch, run.sums = run.epoch + 1, 0, {}
     run.seconds, run.clock = 0., time.perf_counter()
 
+# %% ../nbs/560_loop.ipynb #28282e2d
+def _set_rates(optimizer, rate):
+    "Each group's learning rate, from that of the heads."
+    for group in optimizer.param_groups: group["lr"] = rate * group.get("lr_scale", 1)
+
+def _gradients_of_step(parts, batches, epoch, signs):
+    "Gradients where the weights are or, with `sam`, from higher ground; the losses where they are."
+    means = gradients(parts, batches, epoch, signs)
+    if parts.recipe.sam:
+        with _climbed(parts, parts.recipe.sam): gradients(parts, batches, epoch, [])
+    return means
+
 # %% ../nbs/560_loop.ipynb #07c81332
 class Training(Standing):
     "A run under way."
     def steps_left(self): # the batches of each step that is left in this epoch
         self.parts.network.train()
-        if self.parts.recipe.freeze == "all": self.parts.bare.encoder.eval()     # its statistics stay, too
         put_at(self.parts, self.epoch, self.batch)
-        batches = with_views(batches_of(self.parts.loader), self.parts.views, self.parts.device, self.epoch)
+        loaded = batches_of(self.parts.loader)
+        batches = with_views(loaded, self.parts.views, self.parts.device, self.epoch)
         while group := list(islice(batches, self.parts.recipe.accumulate)): yield group
 
     def train_step(self, batches): # a list of one batch, or of `accumulate`
         p = self.parts
-        for group in p.optimizer.param_groups: group["lr"] = p.lr(self.step) * group.get("lr_scale", 1)
+        _set_rates(p.optimizer, p.lr(self.step))
         signs = []
-        means = gradients(p, batches, self.epoch, signs)
-        if p.recipe.sam:
-            with climbed(p, p.recipe.sam): gradients(p, batches, self.epoch, [])
+        means = _gradients_of_step(p, batches, self.epoch, signs)
         self.tell("after_backward")
         if p.recipe.clip: nn.utils.clip_grad_norm_(p.bare.parameters(), p.recipe.clip)
         p.scaler.step(p.optimizer)

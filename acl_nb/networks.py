@@ -58,13 +58,14 @@ class Network(nn.Module):
         scale:float=30.0,            # factor of cosines (cosine classifier, readout by centres)
         centers:str="weights",       # weights (made from the classifier's) | free | none
         readout:str="classifier",    # what predicts: classifier | centers (the nearest one)
-        input_size:int=None,         # side to which images are scaled first, pixels; None: as they are
+        input_size:int=None,         # side to which images are scaled first, in pixels
         drop_path:float=0.,          # share of a block's results left out in training; timm's
     ):
         super().__init__()
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.encoder = encoder(encoder_name, in_channels, input_size, drop_path)
-        self.at_once = None          # views that the encoder computes at a time in training; None: all
+        self.at_once = None          # views that the encoder computes at a time; None: all
+        self.encoder_rests = False   # in evaluation mode, whatever the others do: it is frozen
         d = self.encoder.out_dim
         self.head = ProjectionHead(d, hidden, dim)
         make_classifier = choose(classifier, CLASSIFIERS, "classifier")
@@ -75,6 +76,16 @@ class Network(nn.Module):
         means = torch.zeros(n_classes, dim) if readout == "centers" else None
         self.register_buffer("means", means)     # [C, D], filled by `set_means`
 
+# %% ../nbs/430_networks.ipynb #332c03c8
+@patch
+def train(self:Network,
+    mode:bool=True,  # of all but an encoder that rests
+):                   # the network itself, as torch has it
+    "Set the mode of the network."
+    super(Network, self).train(mode)
+    if self.encoder_rests: self.encoder.eval()
+    return self
+
 # %% ../nbs/430_networks.ipynb #0d4b9385
 @patch
 def scaled(self:Network, images): # [N, channels, H, W] -> [N, channels, input_size, input_size]
@@ -82,18 +93,21 @@ def scaled(self:Network, images): # [N, channels, H, W] -> [N, channels, input_s
     size = self.settings["input_size"]
     if size is None or images.shape[-2:] == (size, size): return images
     smaller = size < images.shape[-1]
-    return F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=smaller)
+    how = dict(mode="bicubic", align_corners=False, antialias=smaller)
+    return F.interpolate(images, (size, size), **how)
 
 # %% ../nbs/430_networks.ipynb #16bada8f
 @contextmanager
-def statistics_stand_still(net):
+def statistics_stand_still(
+    net:nn.Module,  # whose batch normalisation is meant
+):                  # a context
     "Batch normalisation within leaves its running statistics as they are."
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms: m.momentum, m.num_batches_tracked = 0., None
     try: yield
     finally:
-        for m, (momentum, tracked) in zip(norms, before): m.momentum, m.num_batches_tracked = momentum, tracked
+        for m, as_it_was in zip(norms, before): m.momentum, m.num_batches_tracked = as_it_was
 
 # %% ../nbs/430_networks.ipynb #9c057572
 @patch

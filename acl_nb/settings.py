@@ -112,6 +112,8 @@ class LossSettings:
     drw: float | None = setting(None, below_one)          # re-weighs after this share; None: no
 
 # %% ../nbs/500_settings.ipynb #cda1fc87
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     "How long and how fast the loss is minimised."
@@ -249,8 +251,6 @@ def _check_together(r):
     check_finetuning(r)
 
 # %% ../nbs/500_settings.ipynb #04072b9f
-_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
 @dataclass(frozen=True)
 class Recipe(OptimizerSettings, LossSettings, NetworkSettings, DataSettings):    # the last base's fields come first
     "All settings of a run; checked when made, never changed after."

@@ -10,7 +10,8 @@ from torch import nn
 from acl_nb.answers import open_run
 from acl_nb.build import build, build_data, build_network
 from acl_nb.checks import BadInput
-from acl_nb.judging import class_sums
+from acl_nb.judging import test_network as judged
+from acl_nb.loop import Training
 from acl_nb.models import describe_model, load_model
 from acl_nb.networks import merged_weights
 from acl_nb.predict import Predictor, export_model
@@ -90,3 +91,15 @@ def test_groups_keep_their_rates_and_a_run_goes_on_bit_by_bit(tmp_path):
     assert again.history[-1]["loss"] == whole.history[-1]["loss"]
     files = [(run.path/"model.safetensors").read_bytes() for run in (whole, again)]
     assert files[0] == files[1]
+
+def test_a_frozen_encoder_rests_in_the_network_and_in_its_copy():
+    r = recipe("digits_lt", loss="paco", queue=64, freeze="all", n_max=40)
+    run = Training(build(r))
+    encoders = [run.parts.bare.encoder, run.parts.keys.copy.module.encoder]
+    before = [{k: v.clone() for k, v in net.state_dict().items()} for net in encoders]
+    run.train_step([next(iter(run.parts.loader))])
+    judged(run.parts.bare, run.parts)                 # puts the mode back as it was
+    run.train_step([next(iter(run.parts.loader))])
+    assert run.parts.bare.head.training and not any(net.training for net in encoders)
+    for net, was in zip(encoders, before):
+        for name, value in net.state_dict().items(): assert value.equal(was[name]), name

@@ -27,7 +27,7 @@ class Mixed(NamedTuple):
 
 # %% ../../nbs/245_views.mixing.ipynb #827929c9
 def _share(alpha):
-    return torch.distributions.Beta(alpha, alpha).sample().item()      # of torch's generator on the CPU
+    return torch.distributions.Beta(alpha, alpha).sample().item()
 
 def _box(share, H, W):
     "A rectangle of a part 1 - share of the area around a random point, cut at the edges."
