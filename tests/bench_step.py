@@ -70,7 +70,7 @@ class Published:
 
     def __call__(self):
         ids = torch.tensor(next(self.batches))
-        self.run.train_step([(torch.empty(0), self.labels[ids], ids)])
+        self.run.train_step([(torch.empty(0, dtype=torch.uint8), self.labels[ids], ids)])     # floats would be views already
 
 def parts_of_a_step(run):
     "What the rest of a step consists of; and one measurement of a probe, which is made in one step of ten."
