@@ -134,7 +134,7 @@ class DataSettings:
     "What a run learns from, and what it is tested on."
     name: str = setting("custom")                        # of the recipe
     dataset: str = setting("digits_lt", one_of(DATASETS))  # a key of `DATASETS`
-    data: str | None = setting(None)                     # folder of the data set's files
+    data: str | None = setting(None)                     # folder of the data set's files, or its file
     classes: int | None = setting(None, at_least(1))     # that the data must have; None: any
     split: str | None = setting(None)                    # tested on: test | val; None: as usual
     size: int | None = setting(None, at_least(1))        # side of what the encoder sees, pixels; None: usual
@@ -152,7 +152,7 @@ class DataSettings:
 @dataclass(frozen=True)
 class NetworkSettings:
     "What is trained."
-    encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, or timm/NAME
+    encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, timm/NAME, or none
     pretrained: bool = setting(False)                         # start from published weights
     encoder_weights: str | None = setting(None)               # start from this file; None: no file
     statistics: str = setting("auto", one_of(STATISTICS))     # mean and std: auto | encoder | data
@@ -244,6 +244,21 @@ def _check_data(r):
     rule = f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)"
     require(fits, rule, "as_is")
 
+# %% ../nbs/500_settings.ipynb #765b914f
+_OF_AN_ENCODER = ("policy", "size", "pretrained", "encoder_weights", "freeze", "layer_decay", "encoder_lr")
+
+def _check_stored(r):
+    "Features come without an encoder, and images need one."
+    stored, none = facts_of(r.dataset).stored, r.encoder == "none"
+    rule = f"`encoder` must be none: {r.dataset} has been through one"
+    require(none or not stored, rule, r.encoder)
+    rule = "`encoder` must not be none: only stored features need no encoder"
+    require(stored or not none, rule, f"none with {r.dataset}")
+    for name in _OF_AN_ENCODER if stored else ():
+        value, usual = getattr(r, name), getattr(Recipe, name)
+        rule = f"`{name}` must not be set: {r.dataset} are as their encoder made them"
+        require(value == usual, rule, value)
+
 # %% ../nbs/500_settings.ipynb #c43480cf
 def _losses(word, test):
     "The losses with a trait, as text: a, b or c."
@@ -285,6 +300,7 @@ def _check_together(r):
     "Rules that join two fields."
     traits = loss_traits(r.loss)
     _check_data(r)
+    _check_stored(r)
     _check_keys(r, traits)
     _check_centers(r, traits)
     _check_needs(r, traits)
