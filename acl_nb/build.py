@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from .checks import require
 from .datasets import DATASETS, LongTailed, facts_of
-from .datasets.stored import StoredFeatures
 from .encoders import load_pretrained, load_weights
 from .finetuning import add_lora, checkpoint_activations, fitted_to, freeze, make_optimizer
 from .finetuning import parameter_groups, side_of_input, wanted_statistics
@@ -32,7 +31,7 @@ from .networks import Network
 from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
 from .views import POLICIES, Policy, ViewPipeline
-from .views.stored import StoredViews
+from .views.stored import stored_views
 
 # %% ../nbs/550_build.ipynb #4a505330
 def _whole(name):
@@ -197,9 +196,7 @@ def build_views(
     dtype:torch.dtype=torch.float32,  # of the views of training
 ) -> tuple:                           # the `ViewPipeline` of training, and the plain one of tests
     "What makes the views of an image."
-    if isinstance(data.train, StoredFeatures):
-        S = data.train.stored.shape[1]
-        return StoredViews(data.train.policies, S, r.views, r.seed), StoredViews()
+    if facts_of(r.dataset).stored: return stored_views(data.train, r.views, r.seed)
     named, size = r.policy.split("+"), data.train.shape[-1]
     policies = named + named[-1:] * (r.views - len(named))
     known = dict(mean=data.mean, std=data.std, seed=r.seed, interpolation=data.interpolation)

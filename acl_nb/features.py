@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LARGE', 'Pass', 'passes_of', 'store_features', 'features_recipe', 'join_run', 'acl_features']
 
-# %% ../nbs/755_features.ipynb #e29562af
+# %% ../nbs/755_features.ipynb #04bb6f23
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ def passes_of(
     views:int,    # S, views to store of each training image
 ) -> list:        # of `Pass`
     "All that the encoder has to see."
-    epochs = -(-views // parts.views.views)         # the views of the last one may not all be needed
+    epochs = math.ceil(views / parts.views.views)
     training = [Pass(f"views_{e}", parts.train, parts.views, e) for e in range(epochs)]
     plain = cut_where_decoded(parts.data.train, parts.plain)
     return [*training, Pass("plain", plain, parts.plain), Pass("test", parts.test, parts.plain)]
@@ -97,12 +98,13 @@ def _arrays(parts, passes, folder, views, dtype):
     labels = dict(train_labels=parts.data.train.labels[kept], test_labels=parts.data.test.labels)
     return {k: v.to(dtype).contiguous() for k, v in arrays.items()} | labels
 
-# %% ../nbs/755_features.ipynb #8ca2f9fd
+# %% ../nbs/755_features.ipynb #53b02e8a
 _PATHS = ("data", "encoder_weights")
 
 def _encoder_of(network):
     "The weights of a network's encoder, as its file has them."
-    return {k: v.cpu().contiguous() for k, v in merged_weights(network).items() if k.startswith("encoder.")}
+    weights = merged_weights(network)
+    return {k: v.cpu().contiguous() for k, v in weights.items() if k.startswith("encoder.")}
 
 def _digest(tensors):
     sha = hashlib.sha256()
@@ -121,13 +123,14 @@ def _facts(parts, views, dtype):
         data=parts.data.describe(), model=asdict(describe_model(r, parts.data)) | {"recipe": {}},
         network=parts.bare.settings, encoder_sha256=_digest(_encoder_of(parts.bare)))
 
-# %% ../nbs/755_features.ipynb #79c13c00
+# %% ../nbs/755_features.ipynb #ebd667da
 def _difference(there, here):
     "The first fact in which two files differ, as text; empty where there is none."
-    flat = lambda told: {**told, **told.get("recipe", {}), "images": told.get("data", {}).get("sha256")}
-    one, other = flat(there), flat(here)
-    for name in (*here["recipe"], "images", "stored_views", "dtype", "precision", "encoder_sha256"):
-        if one.get(name) != other.get(name): return f"{name} is {one.get(name)!r} there, {other[name]!r} here"
+    one, other = [{**told, **told["recipe"], "images": told["data"]["sha256"]} for told in (there, here)]
+    of_file = ("images", "stored_views", "dtype", "precision", "encoder_sha256")
+    for name in (*here["recipe"], *of_file):
+        then, now = one.get(name), other[name]
+        if then != now: return f"{name} is {then!r} there, {now!r} here"
     return ""
 
 def _as_json(told): return json.loads(json.dumps(told))
@@ -145,8 +148,8 @@ def _begin(folder, told, force):
     about = folder/"about.json"
     if about.is_file():
         apart = _difference(read_json(about), told)
-        rule = f"{folder} must not hold parts of other features ({apart}); choose another --out, or --force"
-        require(force or not apart, rule)
+        rule = f"{folder} must not hold parts of other features ({apart})"
+        require(force or not apart, f"{rule}; choose another --out, or --force")
         for old in folder.glob("*.safetensors") if apart else (): old.unlink()
     write_json(about, told)
 
@@ -185,7 +188,8 @@ def store_features(
     "Run an encoder once over all images, and write its features."
     require(world_size() == 1, "features are stored by one process", world_size())
     of_images = not facts_of(recipe.dataset).stored
-    require(of_images, "features of features can't be made: the recipe must be one for images", recipe.dataset)
+    rule = "features of features can't be made: the recipe must be one for images"
+    require(of_images, rule, recipe.dataset)
     path, parts = user_path(path), build(recipe, workers=workers)
     views = 4 * recipe.views if views is None else views
     require(views >= 1, "`views` must be at least 1", views)
@@ -196,10 +200,10 @@ def store_features(
     shutil.rmtree(folder)
     return True
 
-# %% ../nbs/755_features.ipynb #cfa028fd
+# %% ../nbs/755_features.ipynb #1455bc64
 _NO_MORE = {f.name for f in fields(DataSettings)} - {"name", "views"}
-_NO_MORE |= {"encoder", "pretrained", "encoder_weights", "statistics", "freeze", "lora", "drop_path",
-             "checkpointing", "layer_decay", "encoder_lr", "sub_batch", "compile"}
+_NO_MORE |= {"encoder", "pretrained", "encoder_weights", "statistics", "freeze", "lora",
+             "drop_path", "checkpointing", "layer_decay", "encoder_lr", "sub_batch", "compile"}
 
 def features_recipe(
     path,        # of a file that `store_features` wrote
@@ -222,7 +226,7 @@ def _joined(heads, arrays, told):
     return network.eval()
 
 def _joined_facts(run, told):
-    "What the file of the joined model says: of its images as the encoder's recipe, of the rest as the run."
+    "What the file of the joined model says: of images as the encoder's recipe, else as the run."
     of_heads = {field: value for field, value in run.recipe.items() if field not in _NO_MORE}
     recipe = told["recipe"] | of_heads | {"freeze": "all", "encoder_weights": None}
     trained = dict(loss=run.recipe["loss"], tau=run.recipe["tau"], recipe=recipe)
@@ -237,9 +241,10 @@ def join_run(
 ):
     "Write trained heads and their encoder as one model, which predicts on images."
     run, path = Run(run), user_path(path)
-    require(run.recipe.get("encoder") == "none", f"{run.path} must be a run on stored features", run)
-    weights = run.path/WEIGHTS
-    require(weights.is_file(), f"{run.path} must hold {WEIGHTS}, which a run leaves when it is finished")
+    encoder, weights = run.recipe.get("encoder"), run.path/WEIGHTS
+    require(encoder == "none", f"{run.path} must be a run on stored features", f"encoder={encoder}")
+    rule = f"{run.path} must hold {WEIGHTS}, which a run leaves when it is finished"
+    require(weights.is_file(), rule)
     require(force or not path.exists(), f"{path} must not exist, or be replaced with --force")
     file = data or run.recipe["data"]
     here, then = features(file).describe()["sha256"], run.env["data"]["sha256"]
@@ -248,17 +253,25 @@ def join_run(
     arrays, told = read_features(file, encoder=True)
     save_model(_joined(load_network(weights), arrays, told), _joined_facts(run, told), path)
 
-# %% ../nbs/755_features.ipynb #68a11076
+# %% ../nbs/755_features.ipynb #6d7eb6ab
 def _made(path, already):
     "The lines that say what is there, and how to go on."
     arrays, told = read_features(path)
     n, S, d = arrays["train"].shape
-    size = f"{n:,} training images in {S} views, {len(arrays['test']):,} test images, {d:,} numbers each"
+    images = f"{n:,} training images in {S} views, {len(arrays['test']):,} test images"
     beside = path.with_suffix(".recipe.json")
     if not already or not beside.is_file(): write_json(beside, asdict(features_recipe(path)))
     there = " (they were there)" if already else ""
-    return f"{path}: {size}{there}\nacl_train --recipe {beside} trains heads on them"
+    return f"{path}: {images}, {d:,} numbers each{there}\nacl_train --recipe {beside} trains heads on them"
 
+def _join(run, path, others, data, force):
+    "Join a run, and say so."
+    rule = "--join takes a run, --out, --data and --force alone"
+    require(all(other is None for other in others), rule)
+    join_run(run, path, data, force)
+    print(f"{path}: a model of encoder and heads; acl_predict {path} IMAGES")
+
+# %% ../nbs/755_features.ipynb #d3a4d6af
 @command(complete=dict(name=RECIPES, dtype=("auto", *DTYPES)))
 def acl_features(
     name:str=None,       # recipe whose encoder is run, see `acl_train --list`; default: digits_lt
@@ -273,15 +286,11 @@ def acl_features(
     force:bool=False,    # replace a file that is there
     join:str=None,       # run on stored features: write its heads with their encoder as one model
 ): # prints
-    "Store a frozen encoder's features of each image, so that heads train on them in seconds; or join trained heads to it."
+    "Store a frozen encoder's features, so that heads train on them in seconds; or join heads to it."
     named = out is not None and out.endswith(".safetensors")
     require(named, "--out must name a file that ends in .safetensors", out or "none")
     path = user_path(out)
-    if join is not None:
-        rule = "--join takes a run, --out, --data and --force alone"
-        require((name, recipe, views, set) == (None,) * 4, rule)
-        join_run(join, path, data, force)
-        return print(f"{path}: a model of encoder and heads; acl_predict {path} IMAGES")
+    if join is not None: return _join(join, path, (name, recipe, views, set, workers), data, force)
     r, _ = resolve(name, recipe, dict(data=data), set or [])
     made = store_features(r, path, views, dtype, workers, force)
     print(_made(path, not made))

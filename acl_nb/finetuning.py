@@ -150,6 +150,7 @@ def freeze(
 ):
     "Freeze a part of an encoder."
     if how == "none": return
+    if how == "all": net.eval()         # its statistics stay, too, in copies as well
     norms = norm_parameters(net)
     trained = set() if how == "all" else norms
     if how == "early": trained = norms | _of_last_block(net, norms)

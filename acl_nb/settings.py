@@ -15,6 +15,7 @@ from typing import get_args
 from .checks import choose, require
 from .counts import KINDS
 from .datasets import DATASETS, facts_of
+from .datasets.stored import check_stored
 from .encoders import find_encoder
 from .finetuning import CLASSIFIER_INIT, DECAY, FREEZE, OPTIMIZERS, STATISTICS, check_finetuning
 from .losses import LOSSES, loss_traits, losses_that
@@ -244,21 +245,6 @@ def _check_data(r):
     rule = f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)"
     require(fits, rule, "as_is")
 
-# %% ../nbs/500_settings.ipynb #765b914f
-_OF_AN_ENCODER = ("policy", "size", "pretrained", "encoder_weights", "freeze", "layer_decay", "encoder_lr")
-
-def _check_stored(r):
-    "Features come without an encoder, and images need one."
-    stored, none = facts_of(r.dataset).stored, r.encoder == "none"
-    rule = f"`encoder` must be none: {r.dataset} has been through one"
-    require(none or not stored, rule, r.encoder)
-    rule = "`encoder` must not be none: only stored features need no encoder"
-    require(stored or not none, rule, f"none with {r.dataset}")
-    for name in _OF_AN_ENCODER if stored else ():
-        value, usual = getattr(r, name), getattr(Recipe, name)
-        rule = f"`{name}` must not be set: {r.dataset} are as their encoder made them"
-        require(value == usual, rule, value)
-
 # %% ../nbs/500_settings.ipynb #c43480cf
 def _losses(word, test):
     "The losses with a trait, as text: a, b or c."
@@ -300,7 +286,7 @@ def _check_together(r):
     "Rules that join two fields."
     traits = loss_traits(r.loss)
     _check_data(r)
-    _check_stored(r)
+    check_stored(r, facts_of(r.dataset).stored)
     _check_keys(r, traits)
     _check_centers(r, traits)
     _check_needs(r, traits)
