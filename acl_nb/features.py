@@ -214,7 +214,7 @@ def features_recipe(
     about = dict(name=f"{told['name']}_features", dataset="features", data=str(path))
     return Recipe(**heads | about | dict(imbalance="as_is", encoder="none"))
 
-# %% ../nbs/755_features.ipynb #051a724f
+# %% ../nbs/755_features.ipynb #1b176a11
 _OF_ENCODER = ("encoder_name", "in_channels", "input_size", "drop_path")
 
 def _joined(heads, arrays, told):
@@ -232,7 +232,7 @@ def _joined_facts(run, told):
     trained = dict(loss=run.recipe["loss"], tau=run.recipe["tau"], recipe=recipe)
     return ModelFacts(**told["model"] | trained)
 
-# %% ../nbs/755_features.ipynb #fb53b472
+# %% ../nbs/755_features.ipynb #1cee123b
 def join_run(
     run,               # folder of a finished run on stored features
     path,              # of the model's .safetensors file
@@ -253,7 +253,7 @@ def join_run(
     arrays, told = read_features(file, encoder=True)
     save_model(_joined(load_network(weights), arrays, told), _joined_facts(run, told), path)
 
-# %% ../nbs/755_features.ipynb #6d7eb6ab
+# %% ../nbs/755_features.ipynb #eec2b860
 def _made(path, already):
     "The lines that say what is there, and how to go on."
     arrays, told = read_features(path)
@@ -271,7 +271,7 @@ def _join(run, path, others, data, force):
     join_run(run, path, data, force)
     print(f"{path}: a model of encoder and heads; acl_predict {path} IMAGES")
 
-# %% ../nbs/755_features.ipynb #d3a4d6af
+# %% ../nbs/755_features.ipynb #5758b919
 @command(complete=dict(name=RECIPES, dtype=("auto", *DTYPES)))
 def acl_features(
     name:str=None,       # recipe whose encoder is run, see `acl_train --list`; default: digits_lt
