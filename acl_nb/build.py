@@ -29,6 +29,7 @@ from .networks import Network
 from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
 from .views import POLICIES, Policy, ViewPipeline
+from .views.stored import stored_views
 
 # %% ../nbs/550_build.ipynb #bc2f7e8a
 def build_data(
@@ -121,6 +122,7 @@ def build_views(
     dtype:torch.dtype=torch.float32,  # of the views of training
 ) -> tuple:                           # the `ViewPipeline` of training, and the plain one of tests
     "What makes the views of an image."
+    if facts_of(r.dataset).stored: return stored_views(data.train, r.views, r.seed)
     named, size = r.policy.split("+"), data.train.shape[-1]
     policies = named + named[-1:] * (r.views - len(named))
     known = dict(mean=data.mean, std=data.std, seed=r.seed, interpolation=data.interpolation)

@@ -174,6 +174,9 @@ def load_model(
     "A trained network, ready to be used; runs no code of the file."
     path = find_model(source, revision)
     network = load_network(path)
+    complete = network.settings["encoder_name"] != "none"
+    remedy = "`acl_features --join RUN --out model.safetensors` adds the encoder"
+    require(complete, f"{path} must hold an encoder, it has heads for stored features alone: {remedy}")
     network.facts = _facts_of(network, path)
     network.classes = list(network.facts.classes)
     network.preprocess = Preprocess(network.facts)

@@ -16,6 +16,7 @@ from typing import get_args
 from .checks import choose, require
 from .counts import KINDS
 from .datasets import DATASETS, facts_of
+from .datasets.stored import check_stored
 from .finetuning import CLASSIFIER_INIT, DECAY, FREEZE, STATISTICS, check_finetuning
 from .loading import SAMPLING
 from .losses import LOSSES, loss_traits, losses_that
@@ -60,7 +61,7 @@ class DataSettings:
     "What a run learns from, and what it is tested on."
     name: str = setting("custom")                        # of the recipe
     dataset: str = setting("digits_lt", one_of(DATASETS))  # a key of `DATASETS`
-    data: str | None = setting(None)                     # folder of the data set's files
+    data: str | None = setting(None)                     # folder of the data set's files, or its file
     data_on: str = setting("auto", one_of(_PLACES))       # images in memory: auto | device | host
     classes: int | None = setting(None, at_least(1))     # that the data must have; None: any
     split: str | None = setting(None)                    # tested on: test | val; None: as usual
@@ -79,7 +80,7 @@ class DataSettings:
 @dataclass(frozen=True)
 class NetworkSettings:
     "What is trained."
-    encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, or timm/NAME
+    encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, timm/NAME, or none
     pretrained: bool = setting(False)                         # start from published weights
     encoder_weights: str | None = setting(None)               # start from this file; None: no file
     statistics: str = setting("auto", one_of(STATISTICS))     # mean and std: auto | encoder | data
@@ -245,6 +246,7 @@ def _check_together(r):
     "Rules that join two fields."
     traits = loss_traits(r.loss)
     _check_data(r)
+    check_stored(r, facts_of(r.dataset).stored)
     _check_keys(r, traits)
     _check_centers(r, traits)
     _check_needs(r, traits)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FACTS', 'DATASETS', 'Facts', 'usual_counts', 'facts_of', 'ImageArray', 'ImageFiles', 'LongTailed', 'validation_split',
            'digits_lt', 'fashion_lt', 'glyphs_lt', 'cifar10_lt', 'cifar100_lt', 'imagenet_lt', 'places_lt',
-           'inaturalist18', 'imagenet', 'folder_lt', 'dataset_lt', 'BENCHMARKS', 'benchmark_files', 'check_files',
-           'fetch_lists', 'find_list', 'load_lists']
+           'inaturalist18', 'imagenet', 'folder_lt', 'dataset_lt', 'features', 'BENCHMARKS', 'benchmark_files',
+           'check_files', 'fetch_lists', 'find_list', 'load_lists']
 
 # %% ../../nbs/190_datasets.ipynb #c0b04cd2
 import inspect
@@ -24,11 +24,12 @@ from .glyphs import glyphs_lt
 from .lists import BENCHMARKS, fetch_lists, find_list, load_lists
 from .objects import dataset_lt
 from .own import folder_lt, imagenet, validation_split
+from .stored import features
 
 # %% ../../nbs/190_datasets.ipynb #3b1e2151
 _all_ = ["ImageArray", "ImageFiles", "LongTailed", "validation_split"]
 _all_ += ["digits_lt", "fashion_lt", "glyphs_lt", "cifar10_lt", "cifar100_lt"]
-_all_ += ["imagenet_lt", "places_lt", "inaturalist18", "imagenet", "folder_lt", "dataset_lt"]
+_all_ += ["imagenet_lt", "places_lt", "inaturalist18", "imagenet", "folder_lt", "dataset_lt", "features"]
 _all_ += ["BENCHMARKS", "benchmark_files", "check_files", "fetch_lists", "find_list", "load_lists"]
 
 # %% ../../nbs/190_datasets.ipynb #3c0bf814
@@ -43,6 +44,7 @@ class Facts(NamedTuple):
     test: int = None            # images that are tested on, without another wish
     total: int = None           # training images, where no cut decides
     fetched: bool = False       # downloaded by the first run that needs it
+    stored: bool = False        # features that an encoder has made, not images
 
 # %% ../../nbs/190_datasets.ipynb #a62f2003
 _CUT = ("imbalance", "kind", "subset_seed", "n_max")
@@ -78,6 +80,7 @@ FACTS = {
     "imagenet": Facts(imagenet, (*_CUT, *_ANY_FILES), 1000, 1300,
                       shape=(3, 224, 224), test=50_000, total=1_281_167),
     "folder_lt": Facts(folder_lt, (*_CUT, *_ANY_FILES)),
+    "features": Facts(features, (), stored=True),
 }
 DATASETS = {name: facts.build for name, facts in FACTS.items()}
 
