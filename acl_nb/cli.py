@@ -22,6 +22,7 @@ from .commands import command, text_table
 from .counts import shot_groups
 from .datasets import BENCHMARKS, DATASETS, FACTS, benchmark_files, check_files
 from .datasets import facts_of, fetch_lists, find_list, load_lists, usual_counts
+from .datasets.emoji import make_emoji
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .losses import LOSSES, losses_that
 from .probes import Probe, can_probe
@@ -94,7 +95,7 @@ def field_table(
         own = [field for field in group.__annotations__ if not names or field in names]
         if own: rows += [[""] * 4, [title, "", "", ""]]
         rows += [_field_row(group, field) for field in own]
-    return text_table(rows, left=4, wrap={2: 41, 3: 30})
+    return text_table(rows, left=4, wrap={2: 41, 3: 28})
 
 # %% ../nbs/75_cli.ipynb #fb52b6bf
 def parse_settings(
@@ -283,34 +284,44 @@ def glyphs_report(
     return "\n".join(lines)
 
 # %% ../nbs/75_cli.ipynb #0abddd3b
-def _list(name, data, base, decode):
+def _list(data, **others):
     head = ["", "images", "classes", "max", "min", "imbalance", "many", "medium", "few"]
     print(text_table([head, *benchmark_rows(data)]))
 
-def _fetch(name, data, base, decode):
+def _fetch(name, data, base, **others):
     require(name, f"`name` must be given: fetch takes one of {', '.join(BENCHMARKS)}")
     for part, path in fetch_lists(name, data, base).items(): print(f"{part}: {path}")
     images = f"The images are yours to get: {BENCHMARKS[name].images}, below {data}"
     print(f"These are lists. {images}; then: acl_data check {name} --data {data}")
 
-def _check(name, data, base, decode):
+def _check(name, data, decode, **others):
     everything = {**DATASETS, **BENCHMARKS}
     require(name, f"`name` must be given: check takes one of {', '.join(everything)}")
     for line in check_data(name, data, decode): print(line)
 
-def _glyphs(name, data, base, decode): print(glyphs_report(user_path(data)/"glyphs"))
+def _glyphs(data, **others): print(glyphs_report(user_path(data)/"glyphs"))
+
+def _emoji(data, packages, test, tones, **others):
+    folder = user_path(data)/"emoji"
+    made = make_emoji(folder, packages, test, tones)
+    print(f"{folder}: emoji of four vendors, {made['test']}'s to test on")
+    for line in check_data("emoji_lt", folder): print(line)
 
 # %% ../nbs/75_cli.ipynb #50a21c4b
-ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "glyphs": _glyphs}
+ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "glyphs": _glyphs, "emoji": _emoji}
 
 @command(complete=dict(action=ACTIONS, name={**DATASETS, **BENCHMARKS}))
 def acl_data(
-    action:str="list",   # list, fetch, check or glyphs
+    action:str="list",   # list, fetch, check, glyphs or emoji
     name:str=None,       # of the data set: a key of `BENCHMARKS` or `DATASETS`
     *,
     data:str="data",     # folder of the lists and images
     base:str=None,       # address of the lists; default: $ACL_LISTS_URL, else public code that ships them
     decode:bool=False,   # check: also decode every image
+    packages:str=None,   # emoji: folder of the four packages, where there is no npm; default: npm fetches them
+    test:str="apple",    # emoji: the vendor to test on
+    tones:bool=False,    # emoji: the skin tones too
 ): # prints
-    "List the data sets, fetch the list files of a benchmark, check that all is there, or say what the fonts here give."
-    choose(action, ACTIONS, "action")(name, data, base, decode)
+    "List the data sets, fetch the lists of a benchmark, check that all is there, say what the fonts give, or make emoji."
+    act = choose(action, ACTIONS, "action")
+    act(name=name, data=data, base=base, decode=decode, packages=packages, test=test, tones=tones)
