@@ -318,10 +318,10 @@ def acl_data(
     data:str="data",     # folder of the lists and images
     base:str=None,       # address of the lists; default: $ACL_LISTS_URL, else public code that ships them
     decode:bool=False,   # check: also decode every image
-    packages:str=None,   # emoji: folder of the four packages, where there is no npm; default: npm fetches them
+    packages:str=None,   # emoji: folder of the four packages; default: npm fetches them
     test:str="apple",    # emoji: the vendor to test on
     tones:bool=False,    # emoji: the skin tones too
 ): # prints
-    "List the data sets, fetch the lists of a benchmark, check that all is there, say what the fonts give, or make emoji."
+    "List data sets, fetch a benchmark's lists, check what is there, say what the fonts give, or make emoji."
     act = choose(action, ACTIONS, "action")
     act(name=name, data=data, base=base, decode=decode, packages=packages, test=test, tones=tones)

@@ -223,17 +223,18 @@ def _without_prefix(tensors, wanted):
     return tensors
 
 # %% ../nbs/40_encoders.ipynb #7f745a32
-_AROUND_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-                  "_fc": "classifier"}
+_AROUND_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1",
+                  "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _IN_BLOCKS = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
               "_project_conv": "conv_pwl", "_bn2": "bn3",
               "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
 _IN_FIRST_BLOCKS = _IN_BLOCKS | {"_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
 def _in_timms_words(tensors, wanted):
-    "The tensors of an EfficientNet of efficientnet_pytorch by timm's names; those of others as they are."
+    "The tensors of an EfficientNet of efficientnet_pytorch by timm's names; others as they are."
     if "_conv_stem.weight" not in tensors: return tensors
-    blocks = list(dict.fromkeys(found[0] for name in wanted if (found := re.match(r"blocks\.\d+\.\d+", name))))
+    in_blocks = filter(None, (re.match(r"blocks\.\d+\.\d+", name) for name in wanted))
+    blocks = list(dict.fromkeys(found[0] for found in in_blocks))
     expanding = {name.split(".")[1] for name in tensors if "._expand_conv." in name}
     named = {}
     for name, tensor in tensors.items():

@@ -28,7 +28,8 @@ from .own import emoji_lt, folder_lt, imagenet, validation_split
 # %% ../../nbs/19_datasets.ipynb #3b1e2151
 _all_ = ["ImageArray", "ImageFiles", "LongTailed", "validation_split"]
 _all_ += ["digits_lt", "fashion_lt", "glyphs_lt", "cifar10_lt", "cifar100_lt"]
-_all_ += ["imagenet_lt", "places_lt", "inaturalist18", "imagenet", "emoji_lt", "folder_lt", "dataset_lt"]
+_all_ += ["imagenet_lt", "places_lt", "inaturalist18", "imagenet"]
+_all_ += ["emoji_lt", "folder_lt", "dataset_lt"]
 _all_ += ["BENCHMARKS", "benchmark_files", "check_files", "fetch_lists", "find_list", "load_lists"]
 
 # %% ../../nbs/19_datasets.ipynb #3c0bf814

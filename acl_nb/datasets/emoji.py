@@ -49,8 +49,9 @@ def _check_package(path, digest):
     "Refuse a file that is not the one that was meant."
     try:
         with open(path, "rb") as file: got = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e: raise BadInput(f"{path} must be a file that can be read; got {e.strerror}") from None
-    require(got == digest, f"{path} must be the published package, SHA-256 {digest[:12]}…", f"{got[:12]}…")
+    except OSError as e: raise BadInput(f"{path} must be readable; got {e.strerror}") from None
+    rule = f"{path} must be the published package, SHA-256 {digest[:12]}…"
+    require(got == digest, rule, f"{got[:12]}…")
 
 # %% ../../nbs/67_datasets.emoji.ipynb #f8528394
 def fetch_packages(
@@ -59,7 +60,8 @@ def fetch_packages(
     "The four packages, each checked by its SHA-256."
     folder = user_path(folder)
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise BadInput(f"`packages` must be a folder: {folder}; got {e.strerror}") from None
+    except OSError as e:
+        raise BadInput(f"`packages` must be a folder: {folder}; got {e.strerror}") from None
     paths = {vendor: folder/package_file(vendor) for vendor in VENDORS}
     for vendor, path in paths.items():
         if not path.is_file(): _npm_pack(vendor, folder)
@@ -72,9 +74,10 @@ def _drawn(table, vendor, tones):
     found = {}
     for emoji in table:
         if emoji["category"] == "Component": continue
+        label = emoji["subcategory"].replace(" & ", "-")
         variants = emoji.get("skin_variations", {}).values() if tones else ()
         for one in (emoji, *variants):
-            if one[f"has_img_{vendor}"]: found[one["image"]] = emoji["subcategory"].replace(" & ", "-")
+            if one[f"has_img_{vendor}"]: found[one["image"]] = label
     return found
 
 # %% ../../nbs/67_datasets.emoji.ipynb #29ce5bb0
@@ -92,11 +95,11 @@ def emoji_pictures(
             if name in wanted and member.name.startswith(folder):
                 yield wanted[name], f"{vendor}-{name}", package.extractfile(member).read()
 
-# %% ../../nbs/67_datasets.emoji.ipynb #9357164e
+# %% ../../nbs/67_datasets.emoji.ipynb #c34649fe
 def _origin(test, tones):
     "What a folder is made from, as its record says."
-    packages = {f"emoji-datasource-{vendor}@{VERSION}": digest for vendor, digest in VENDORS.items()}
-    return dict(made_by="acl_data emoji", test=test, tones=tones, sha256=packages)
+    digests = {f"emoji-datasource-{vendor}@{VERSION}": digest for vendor, digest in VENDORS.items()}
+    return dict(made_by="acl_data emoji", test=test, tones=tones, sha256=digests)
 
 def _write(folder, paths, test, tones):
     "All pictures, below train/CLASS and test/CLASS."
@@ -117,10 +120,10 @@ def _is_made(folder, origin):
     require(json.loads((folder/MADE_FROM).read_text()) == origin, rule, "emoji made otherwise")
     return True
 
-# %% ../../nbs/67_datasets.emoji.ipynb #241d6ab2
+# %% ../../nbs/67_datasets.emoji.ipynb #9d0973bc
 def make_emoji(
     folder,            # to be made
-    packages=None,     # folder of the packages, where missing ones are put; None: fetched, used and deleted
+    packages=None,     # folder of the packages, missing ones are put there; None: used and deleted
     test:str="apple",  # vendor to test on
     tones:bool=False,  # the five skin tones too
 ) -> dict:             # what it was made from, as the record of the data says
@@ -137,5 +140,7 @@ def make_emoji(
             (made/MADE_FROM).write_text(json.dumps(origin, indent=1) + "\n")
             if folder.exists(): folder.rmdir()       # an empty one
             made.rename(folder)
-    except OSError as e: raise BadInput(f"{folder} must be a folder that can be made; got {e.strerror or e}") from None
+    except OSError as e:
+        reason = e.strerror or e
+        raise BadInput(f"{folder} must be a folder that can be made; got {reason}") from None
     return origin

@@ -137,9 +137,10 @@ MADE_FROM = "made_from.json"    # in the root of a folder: versions and digests 
 
 def _made_from(root):
     "What the maker of a folder has written down; nothing for most folders."
-    if not (root/MADE_FROM).is_file(): return {}
-    try: return {"made_from": json.loads((root/MADE_FROM).read_text(encoding="utf-8"))}
-    except (OSError, ValueError) as e: raise BadInput(f"{root/MADE_FROM} must be JSON: {e}") from None
+    path = root/MADE_FROM
+    if not path.is_file(): return {}
+    try: return {"made_from": json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as e: raise BadInput(f"{path} must be JSON: {e}") from None
 
 # %% ../../nbs/16_datasets.own.ipynb #5e7268f7
 def folder_lt(
@@ -196,7 +197,7 @@ def emoji_lt(
     on_error:str="raise",  # a broken file of the training part: raise | skip
     background="white",    # put below what is transparent: a colour
 ) -> LongTailed:
-    "Emoji of three vendors in Unicode's subgroups, with the tail they have; tested on a fourth vendor's."
+    "Emoji of three vendors in Unicode's subgroups, uncut; tested on those of a fourth vendor."
     data = data or "data/emoji"
     rule = f"{data} must hold the emoji: `acl_data emoji` makes data/emoji"
     require((user_path(data)/MADE_FROM).is_file(), rule, f"no {MADE_FROM}")
