@@ -23,6 +23,7 @@ from .commands import command, text_table
 from .counts import shot_groups
 from .datasets import BENCHMARKS, DATASETS, FACTS, benchmark_files, check_files
 from .datasets import facts_of, fetch_lists, find_list, load_lists, usual_counts
+from .datasets.emoji import make_emoji
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .datasets.packed import PackSettings, pack_images
 from .finetuning import start_lines
@@ -98,7 +99,7 @@ def field_table(
         own = [field for field in group.__annotations__ if not names or field in names]
         if own: rows += [[""] * 4, [title, "", "", ""]]
         rows += [_field_row(group, field) for field in own]
-    return text_table(rows, left=4, wrap={2: 41, 3: 27})
+    return text_table(rows, left=4, wrap={2: 41, 3: 28})
 
 # %% ../nbs/750_cli.ipynb #fb52b6bf
 def parse_settings(
@@ -321,12 +322,19 @@ def _pack(name, data, out, side, quality, lossless, background, **unread):
 
 def _glyphs(name, data, **unread): print(glyphs_report(user_path(data)/"glyphs"))
 
+def _emoji(data, packages, test, tones, **unread):
+    folder = user_path(data)/"emoji"
+    made = make_emoji(folder, packages, test, tones)
+    print(f"{folder}: emoji of four vendors, {made['test']}'s to test on")
+    for line in check_data("emoji_lt", folder): print(line)
+
 # %% ../nbs/750_cli.ipynb #50a21c4b
-ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "pack": _pack, "glyphs": _glyphs}
+ACTIONS = {"list": _list, "fetch": _fetch, "check": _check, "pack": _pack, "glyphs": _glyphs,
+           "emoji": _emoji}
 
 @command(complete=dict(action=ACTIONS, name={**DATASETS, **BENCHMARKS}))
 def acl_data(
-    action:str="list",   # list, fetch, check, pack or glyphs
+    action:str="list",   # list, fetch, check, pack, glyphs or emoji
     name:str=None,       # of the data set: a key of `BENCHMARKS` or `DATASETS`
     *,
     data:str="data",     # folder of the lists and images
@@ -337,8 +345,11 @@ def acl_data(
     quality:int=95,      # pack: of the JPEG files, 1 to 100
     lossless:bool=False, # pack: PNG files in their place
     background:str="white", # pack: put below what is transparent
+    packages:str=None,   # emoji: folder of the four packages; default: npm fetches them
+    test:str="apple",    # emoji: the vendor to test on
+    tones:bool=False,    # emoji: the skin tones too
 ): # prints
-    "List data sets, fetch a benchmark's lists, check or pack images, or say what the fonts here give."
+    "List data sets, fetch a benchmark's lists, check or pack images, say what the fonts give, make emoji."
     how = dict(base=base, decode=decode, out=out, side=side, quality=quality)
-    how |= dict(lossless=lossless, background=background)
+    how |= dict(lossless=lossless, background=background, packages=packages, test=test, tones=tones)
     choose(action, ACTIONS, "action")(name, data, **how)

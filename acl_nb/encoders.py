@@ -7,6 +7,7 @@ __all__ = ['ENCODERS', 'Shortcut', 'BasicBlock', 'CifarResNet', 'AlreadyFeatures
            'has_published_weights', 'load_pretrained', 'load_weights']
 
 # %% ../nbs/400_encoders.ipynb #2716cfc9
+import re
 from functools import partial
 
 import torch
@@ -236,6 +237,30 @@ def _without_prefix(tensors, wanted):
         if wanted & named.keys(): return named
     return tensors
 
+# %% ../nbs/400_encoders.ipynb #7f745a32
+_AROUND_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1",
+                  "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_IN_BLOCKS = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+              "_project_conv": "conv_pwl", "_bn2": "bn3",
+              "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+_IN_FIRST_BLOCKS = _IN_BLOCKS | {"_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
+def _in_timms_words(tensors, wanted):
+    "The tensors of an EfficientNet of efficientnet_pytorch by timm's names; others as they are."
+    if "_conv_stem.weight" not in tensors: return tensors
+    in_blocks = filter(None, (re.match(r"blocks\.\d+\.\d+", name) for name in wanted))
+    blocks = list(dict.fromkeys(found[0] for found in in_blocks))
+    expanding = {name.split(".")[1] for name in tensors if "._expand_conv." in name}
+    named = {}
+    for name, tensor in tensors.items():
+        first, *rest = name.split(".")
+        if first == "_blocks" and int(rest[0]) < len(blocks):
+            number, layer, *rest = rest
+            words = _IN_BLOCKS if number in expanding else _IN_FIRST_BLOCKS
+            named[".".join([blocks[int(number)], words.get(layer, layer), *rest])] = tensor
+        else: named[".".join([_AROUND_BLOCKS.get(first, first), *rest])] = tensor
+    return named
+
 # %% ../nbs/400_encoders.ipynb #048db471
 def load_weights(
     net:nn.Module,  # of `encoder(name)`
@@ -243,7 +268,8 @@ def load_weights(
 ):
     "Give an encoder the weights of a file."
     wanted = net.state_dict()
-    found = _without_prefix(_tensors_in(user_path(path)), wanted.keys())
+    tensors = _in_timms_words(_tensors_in(user_path(path)), wanted)
+    found = _without_prefix(tensors, wanted.keys())
     kept = {k: v for k, v in found.items() if k in wanted or not k.startswith(_OTHER_HEADS)}
     unfit = [k for k, v in wanted.items() if k not in kept or kept[k].shape != v.shape]
     unfit += [k for k in kept if k not in wanted]

@@ -26,6 +26,8 @@ RECIPES = {
                        epochs=30, batch_size=128),
     "glyphs_lt": dict(_SMALL, dataset="glyphs_lt", imbalance=100, policy="glyphs", views=2,
                       epochs=40, batch_size=128),
+    "emoji_lt": dict(_SMALL, dataset="emoji_lt", imbalance="as_is", classes=98, policy="cifar_sim", views=2,
+                     epochs=60, batch_size=128, size=32, test_every=10),
 }
 
 # %% ../nbs/510_recipes.ipynb #51a00002

@@ -28,7 +28,7 @@ def in_process(args, monkeypatch, capsys):
 def history(folder): return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(folder/"history.jsonl")]
 
 BAD = {
-    "unknown recipe": (["digts_lt"], "did you mean digits_lt or glyphs_lt?"),
+    "unknown recipe": (["digts_lt"], "did you mean digits_lt or glyphs_lt or emoji_lt?"),
     "unknown field": (["--set", "temprature=1"], "unknown field 'temprature': did you mean temperature"),
     "no pair": (["--set", "lr"], "--set takes field=value; got lr"),
     "imbalance below 1": (["--imbalance", "0.01"], "`imbalance` must be at least 1 (largest count / smallest count); got 0.01"),
@@ -132,7 +132,7 @@ def test_a_recipe_file_trains_and_its_run_can_be_repeated(tmp_path, monkeypatch,
 
 def test_a_fresh_process_ends_with_2_and_no_traceback(tmp_path):
     r = acl_train("digts_lt", cwd=tmp_path)
-    assert (r.returncode, r.stderr, r.stdout) == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt?\n", "")
+    assert (r.returncode, r.stderr, r.stdout) == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt or emoji_lt?\n", "")
 
 def test_labels_beyond_the_classes(tmp_path):
     for part in "train", "t10k":

@@ -432,3 +432,14 @@ def test_the_first_decoder_that_works_is_taken(monkeypatch):
     first = decoders.available_decoders()[0]
     assert decoders.image_decoder() == first != "missing"
     decoders.image_decoder.cache_clear()
+
+def test_emoji_without_npm_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    code, out, err = run(["emoji"], monkeypatch, capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "npm must be installed to fetch the emoji" in err
+    (tmp_path/"packages").mkdir()
+    (tmp_path/"packages/emoji-datasource-google-16.0.0.tgz").write_bytes(b"another file")
+    code, out, err = run(["emoji", "--packages", "packages"], monkeypatch, capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "must be the published package" in err
+    assert not list((tmp_path/"data").iterdir())

@@ -145,7 +145,7 @@ def misspelt():
 
 def test_a_mistake_is_told_once(tmp_path):
     assert finish(start(misspelt, said=tmp_path/"said", world=2)) == [2, 2]
-    assert (tmp_path/"said").read_text() == "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt?\n"
+    assert (tmp_path/"said").read_text() == "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt or emoji_lt?\n"
 
 def test_two_processes_by_the_command(tmp_path):
     cifar10(tmp_path/"data")

@@ -15,6 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import acl_nb.datasets.glyphs as glyphs
 import acl_nb.build
 from acl_nb.datasets import BENCHMARKS
+from acl_nb.datasets.own import MADE_FROM
 from acl_nb.losses import LOSSES
 from acl_nb.build import build
 from acl_nb.recipes import RECIPES, recipe
@@ -22,7 +23,7 @@ from acl_nb.settings import Recipe
 from acl_nb.loop import Training
 
 CLASSES = {"digits_lt": 10, "fashion_lt": 10, "glyphs_lt": 89, "cifar10_lt": 10, "cifar100_lt": 100,
-           "imagenet_lt": 1000, "places_lt": 365, "inaturalist18": 8142, "imagenet": 1000}
+           "imagenet_lt": 1000, "places_lt": 365, "inaturalist18": 8142, "imagenet": 1000, "emoji_lt": 98}
 SHAPES = {"digits_lt": [1, 8, 8], "fashion_lt": [1, 28, 28], "glyphs_lt": [1, 32, 32], "cifar10_lt": [3, 32, 32], "cifar100_lt": [3, 32, 32]}
 PATHS = {"imagenet_lt": ("train/n{0:08}/n{0:08}_{1}.JPEG", "val/n{0:08}/ILSVRC2012_{1}.JPEG"), "places_lt": ("train/scene{0}/{1}.jpg", "val/scene{0}/{1}.jpg"),
          "inaturalist18": ("train_val2018/Aves/{0}/{1}.jpg", "train_val2018/Aves/{0}/val{1}.jpg")}
@@ -65,6 +66,9 @@ def data(tmp_path_factory):
         patch.setitem(BENCHMARKS, name, replace(b, parts=known))
     for y in range(1000):
         for part in "train", "val": put(root/"imagenet"/part/f"n{y:08}"/"1.JPEG")
+    for y in range(98):
+        for part in "train", "test": put(root/"emoji_lt"/part/f"{y:02}"/"1.png")
+    (root/"emoji_lt"/MADE_FROM).write_text("{}")
     yield lambda name: root/name if (root/name).is_dir() else root
     patch.undo()
 
@@ -81,7 +85,7 @@ DEEPER = [f"imagenet_resnet{depth}" for depth in (101, 152, 200)]      # differ 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in DEEPER])
 def test_a_step_of(name, data, monkeypatch):
     fetched = []
-    monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda net, encoder, side: fetched.append(encoder))
+    monkeypatch.setattr(acl_nb.build, "load_pretrained", lambda net, encoder, *size: fetched.append(encoder))
     usual = recipe(name)
     r = recipe(name, data=str(data(usual.dataset)), batch_size=4, **SMALLER.get(usual.dataset, dict(size=32)))
     run = one_step(r)

@@ -337,7 +337,7 @@ def test_a_file_that_may_not_be_used_is_one_sentence_with_its_path(capsys, error
 def test_a_rank_in_the_environment_swallows_nothing(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
     ended = exit_of(lambda: acl_train("digts_lt"), capsys)
-    assert ended == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt?\n")
+    assert ended == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt or emoji_lt?\n")
 
 def one_rank_fails(shared):
     dist.init_process_group("gloo")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FACTS', 'DATASETS', 'Facts', 'usual_counts', 'facts_of', 'ImageArray', 'ImageFiles', 'LongTailed', 'validation_split',
            'digits_lt', 'fashion_lt', 'glyphs_lt', 'cifar10_lt', 'cifar100_lt', 'imagenet_lt', 'places_lt',
-           'inaturalist18', 'imagenet', 'folder_lt', 'dataset_lt', 'features', 'BENCHMARKS', 'benchmark_files',
-           'check_files', 'fetch_lists', 'find_list', 'load_lists']
+           'inaturalist18', 'imagenet', 'emoji_lt', 'folder_lt', 'dataset_lt', 'features', 'BENCHMARKS',
+           'benchmark_files', 'check_files', 'fetch_lists', 'find_list', 'load_lists']
 
 # %% ../../nbs/190_datasets.ipynb #c0b04cd2
 import inspect
@@ -23,13 +23,14 @@ from .files import imagenet_lt, inaturalist18, places_lt
 from .glyphs import glyphs_lt
 from .lists import BENCHMARKS, fetch_lists, find_list, load_lists
 from .objects import dataset_lt
-from .own import folder_lt, imagenet, validation_split
+from .own import emoji_lt, folder_lt, imagenet, validation_split
 from .stored import features
 
 # %% ../../nbs/190_datasets.ipynb #3b1e2151
 _all_ = ["ImageArray", "ImageFiles", "LongTailed", "validation_split"]
 _all_ += ["digits_lt", "fashion_lt", "glyphs_lt", "cifar10_lt", "cifar100_lt"]
-_all_ += ["imagenet_lt", "places_lt", "inaturalist18", "imagenet", "folder_lt", "dataset_lt", "features"]
+_all_ += ["imagenet_lt", "places_lt", "inaturalist18", "imagenet"]
+_all_ += ["emoji_lt", "folder_lt", "dataset_lt", "features"]
 _all_ += ["BENCHMARKS", "benchmark_files", "check_files", "fetch_lists", "find_list", "load_lists"]
 
 # %% ../../nbs/190_datasets.ipynb #3c0bf814
@@ -79,6 +80,8 @@ FACTS = {
     "inaturalist18": _listed(inaturalist18),
     "imagenet": Facts(imagenet, (*_CUT, *_ANY_FILES), 1000, 1300,
                       shape=(3, 224, 224), test=50_000, total=1_281_167),
+    "emoji_lt": Facts(emoji_lt, (*_CUT, *_ANY_FILES), 98, 776,
+                      shape=(3, 64, 64), test=1903, total=5667),
     "folder_lt": Facts(folder_lt, (*_CUT, *_ANY_FILES)),
     "features": Facts(features, (), stored=True),
 }
