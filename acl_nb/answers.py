@@ -60,7 +60,7 @@ def _built(run, data):
     setup = (run.env or {}).get("setup") or {}
     tested_in = setup.get("test_precision", "fp32")      # earlier versions tested in fp32
     setup = find_setup(r, accelerator.device) | {"test_precision": tested_in}
-    parts = build(replace(r, lora=0), accelerator, setup)    # a run's file holds its corrections, added in
+    parts = build(replace(r, lora=0), accelerator, setup)    # corrections are in the weights
     parts.recipe = r
     return parts
 
