@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 
+import acl_nb.encoders
 import acl_nb.trainer
 from acl_nb.build import build, build_data, build_network
 from acl_nb.callbacks import Progress
@@ -120,6 +122,22 @@ def test_the_model_needs_no_peft_and_predicts_what_the_run_recorded(file, run, t
 def test_it_is_evaluated_as_it_was_tested(run, capsys):
     acl_eval(str(run.path))
     assert f"all images {run.summary['top1']:.1%}" in capsys.readouterr().out
+
+@pytest.mark.parametrize("start", ["a file that has gone", "published weights"])
+def test_a_run_is_evaluated_without_what_it_began_with(file, tmp_path, monkeypatch, capsys, start):
+    published = encoder(VIT, size=32).state_dict()
+    save_file(published, tmp_path/"vit.safetensors")
+    monkeypatch.setattr(acl_nb.encoders, "_weights_of", lambda name, size: published)
+    begins = dict(pretrained=True) if start == "published weights" else dict(encoder_weights=tmp_path/"vit.safetensors")
+    run = train(file, tmp_path/"run", lora=0, layer_decay="none", drop_path=0, freeze="all", epochs=1, **begins)
+    (tmp_path/"vit.safetensors").unlink()
+    monkeypatch.delattr(acl_nb.encoders, "_weights_of")
+    capsys.readouterr()
+    acl_eval(str(run.path))
+    assert f"all images {run.summary['top1']:.1%}" in capsys.readouterr().out
+    network = load_model(run.path/"model.safetensors")
+    assert network.facts.mean == [0.5] * 3                     # as timm says of this encoder
+    for name, value in published.items(): assert network.state_dict()[f"encoder.{name}"].equal(value), name
 
 NORMS = {VIT: r"(^|\.)norm\d?\.", EFFICIENTNET: r"(^|\.)bn\d\."}      # in the names of parameters
 LAST_BLOCK = {VIT: ("blocks.11.", "norm."), EFFICIENTNET: ("blocks.6.0.", "conv_head.", "bn2.")}
