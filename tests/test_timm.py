@@ -1,4 +1,4 @@
-"Encoders of timm's and corrections of peft's with both libraries installed: trained, stopped, gone on with, and used."
+"With timm and peft installed: encoders and corrections are trained, stopped, gone on with, and used."
 import json
 import re
 import signal
@@ -29,8 +29,9 @@ from acl_nb.records import Run
 from pictures import folder, recipe_file
 
 VIT, EFFICIENTNET = "timm/vit_tiny_patch16_224", "timm/tf_efficientnet_lite0"
-SMALL = dict(encoder=VIT, size=32, optimizer="adamw", lr=1e-3, precision="fp32", epochs=2, batch_size=32)
-TUNED = SMALL | dict(classes=4, loss="acl", lora=4, layer_decay=0.75, drop_path=0.1, mixup=0.2)
+SMALL = dict(encoder=VIT, size=32, optimizer="adamw", lr=1e-3, precision="fp32", epochs=2)
+TUNED = SMALL | dict(batch_size=32, classes=4, loss="acl",
+                     lora=4, layer_decay=0.75, drop_path=0.1, mixup=0.2)
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
@@ -54,7 +55,8 @@ def begun(file, **settings):
 def test_corrections_and_heads_move_and_nothing_else(file, run):
     first, last = (row["loss"] for row in run.history)
     assert 0 < last < first < float("inf")
-    before, after = begun(file).bare.state_dict(), load_checkpoint(run.path/"checkpoint").learnt["network"]
+    before = begun(file).bare.state_dict()
+    after = load_checkpoint(run.path/"checkpoint").learnt["network"]
     moved = {name for name, value in before.items() if not after[name].equal(value)}
     corrections = {name for name in before if ".lora_" in name}
     assert len(corrections) == 2 * 4 * 12       # A and B of four matrices in twelve blocks
@@ -68,7 +70,7 @@ class StopAfterOne(Progress):
 
 def content(run):
     "What two runs of a recipe have in common."
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
+    rows = [row | {"seconds": None} for row in run.history]
     return rows, (run.path/"model.safetensors").read_bytes()
 
 def test_it_is_stopped_and_goes_on_bit_by_bit(file, run, monkeypatch, capsys):
@@ -76,7 +78,8 @@ def test_it_is_stopped_and_goes_on_bit_by_bit(file, run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(acl_nb.trainer, "Progress", StopAfterOne)
         with pytest.raises(SystemExit) as exit: train(file, cut)
-    assert exit.value.code == 130 and "the same command goes on from here" in capsys.readouterr().err
+    assert exit.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
     assert len(Run(cut).history) == 1 and not Run(cut).finished
     assert content(train(file, cut)) == content(run)
 
@@ -89,13 +92,14 @@ def test_what_is_printed_names_corrections_and_rates(file, capsys):
     assert said[:2] == ["LoRA: its weights stay, each matrix learns a correction of rank 4",
                         "layer decay: each layer's rate is 0.75 times that of the next"]
     rates = [line.split()[1] for line in said[3:]]
-    assert rates == [f"{0.75 ** (13 - layer):.3g}" for layer in range(14)]      # stem, twelve blocks, heads
+    stem_blocks_heads = range(1 + 12 + 1)
+    assert rates == [f"{0.75 ** (13 - layer):.3g}" for layer in stem_blocks_heads]
     parts = begun(file)
     learnt = sum(p.numel() for p in parts.bare.parameters() if p.requires_grad)
     assert sum(int(line.split()[-1].replace(",", "")) for line in said[3:]) == learnt
     assert [f"{group['lr_scale']:.3g}" for group in parts.optimizer.param_groups] == rates
 
-def test_the_model_needs_no_peft_and_predicts_what_the_run_recorded(file, run, tmp_path, monkeypatch, capsys):
+def test_the_model_needs_no_peft_and_predicts_as_recorded(file, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     network = load_model(run.path/"model.safetensors")
     assert not any("lora" in name or "base_layer" in name for name in network.state_dict())
@@ -128,8 +132,10 @@ def test_a_run_is_evaluated_without_what_it_began_with(file, tmp_path, monkeypat
     published = encoder(VIT, size=32).state_dict()
     save_file(published, tmp_path/"vit.safetensors")
     monkeypatch.setattr(acl_nb.encoders, "_weights_of", lambda name, size: published)
-    begins = dict(pretrained=True) if start == "published weights" else dict(encoder_weights=tmp_path/"vit.safetensors")
-    run = train(file, tmp_path/"run", lora=0, layer_decay="none", drop_path=0, freeze="all", epochs=1, **begins)
+    begins = dict(encoder_weights=tmp_path/"vit.safetensors")
+    if start == "published weights": begins = dict(pretrained=True)
+    frozen = dict(lora=0, layer_decay="none", drop_path=0, freeze="all")
+    run = train(file, tmp_path/"run", epochs=1, **frozen, **begins)
     (tmp_path/"vit.safetensors").unlink()
     monkeypatch.delattr(acl_nb.encoders, "_weights_of")
     capsys.readouterr()
@@ -137,7 +143,7 @@ def test_a_run_is_evaluated_without_what_it_began_with(file, tmp_path, monkeypat
     assert f"all images {run.summary['top1']:.1%}" in capsys.readouterr().out
     network = load_model(run.path/"model.safetensors")
     assert network.facts.mean == [0.5] * 3                     # as timm says of this encoder
-    for name, value in published.items(): assert network.state_dict()[f"encoder.{name}"].equal(value), name
+    for name, value in network.encoder.state_dict().items(): assert value.equal(published[name]), name
 
 NORMS = {VIT: r"(^|\.)norm\d?\.", EFFICIENTNET: r"(^|\.)bn\d\."}      # in the names of parameters
 LAST_BLOCK = {VIT: ("blocks.11.", "norm."), EFFICIENTNET: ("blocks.6.0.", "conv_head.", "bn2.")}
@@ -163,7 +169,8 @@ def test_frozen_weights_stay_in_training(file):
     assert moved == {name for name in before if re.search(NORMS[VIT], name)}
 
 def test_cutmix_smoothing_and_sampling_in_one_run(file, tmp_path):
-    run = train(file, tmp_path/"run", lora=0, mixup=0.5, cutmix=1, smoothing=0.1, sampling="class_balanced")
+    mixed = dict(mixup=0.5, cutmix=1, smoothing=0.1, sampling="class_balanced")
+    run = train(file, tmp_path/"run", lora=0, **mixed)
     first, last = (row["loss"] for row in run.history)
     assert 0 < last < first < float("inf")
 
@@ -176,7 +183,9 @@ def one_step(file, **settings):
 
 def apart(one, other):
     "The largest difference between the gradients of two runs, in units of the largest gradient."
-    gradients = [[p.grad for p in run.parts.bare.parameters() if p.grad is not None] for run in (one, other)]
+    gradients = []
+    for run in (one, other):
+        gradients.append([p.grad for p in run.parts.bare.parameters() if p.grad is not None])
     differences = [(a - b).abs().max() for a, b in zip(*gradients, strict=True)]
     return (max(differences) / max(g.abs().max() for g in gradients[0])).item()
 
@@ -190,27 +199,33 @@ def test_sub_batches_give_the_gradients_of_the_whole_batch_and_sam_climbs_first(
 def test_timms_optimizers_keep_the_groups_and_take_a_step(file):
     run = one_step(file, optimizer="timm/lamb", decay="weights")
     groups = run.parts.optimizer.param_groups
-    assert len(groups) == 2 * 14 and {group["weight_decay"] for group in groups} == {0, run.parts.recipe.weight_decay}
+    decays = [group["weight_decay"] for group in groups]
+    assert sorted(decays) == 14 * [0] + 14 * [run.parts.recipe.weight_decay]
     assert all(group["lr"] == run.parts.lr(0) * group["lr_scale"] for group in groups)
     before = begun(file).bare.state_dict()
     assert any(not value.equal(before[name]) for name, value in run.parts.bare.state_dict().items())
 
-@pytest.mark.parametrize("name, said", [("lambda", "that timm can make"), ("adahessian", "first derivatives")])
+UNFIT = [("lambda", "that timm can make"), ("adahessian", "first derivatives")]
+
+@pytest.mark.parametrize("name, said", UNFIT)
 def test_an_optimizer_that_cannot_serve_is_one_sentence(file, tmp_path, capsys, name, said):
     with pytest.raises(SystemExit) as exit: train(file, tmp_path/"run", optimizer=f"timm/{name}")
     line = capsys.readouterr().err
     assert exit.value.code == 2 and line.count("\n") == 1 and said in line and name in line
 
 def test_sam_is_refused_where_a_loss_keeps_what_it_saw(file, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit: train(file, tmp_path/"run", loss="proco", sam=0.05, sub_batch=8)
+    with pytest.raises(SystemExit) as exit:
+        train(file, tmp_path/"run", loss="proco", sam=0.05, sub_batch=8)
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.count("\n") == 1
     assert "`sam` is for losses that keep nothing of past batches" in said
 
-@pytest.mark.parametrize("settings", [dict(loss="acl", ema=0.9), dict(loss="paco", queue=16)], ids=["ema", "paco"])
+COPYING = {"ema": dict(loss="acl", ema=0.9), "paco": dict(loss="paco", queue=16)}
+
+@pytest.mark.parametrize("settings", COPYING.values(), ids=COPYING)
 def test_corrections_where_the_network_has_a_copy(file, tmp_path, capsys, settings):
-    copied = recipe_file(tmp_path/"mine.json", read_recipe(file).data, **SMALL | settings | dict(lora=4, epochs=1))
-    run = train(copied, tmp_path/"run")
+    of_copies = SMALL | settings | dict(lora=4, epochs=1)
+    run = train(recipe_file(tmp_path/"mine.json", read_recipe(file).data, **of_copies), tmp_path/"run")
     assert not any("lora" in name for name in run.network.state_dict())
     acl_eval(str(run.path))
     assert f"all images {run.summary['top1']:.1%}" in capsys.readouterr().out
