@@ -59,6 +59,13 @@ def _build_data_once_per_machine(r, accelerator):
         require_same("the images of a run, by their SHA-256,", data.describe()["sha256"])
     return data
 
+# %% ../nbs/550_build.ipynb #e2e1f6e9
+def _synchronised(network, of_timm):
+    "Batch statistics of all processes together; some of timm's layers hold an activation, which torch would drop."
+    if not of_timm: return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    from timm.layers import convert_sync_batchnorm
+    return convert_sync_batchnorm(network)
+
 # %% ../nbs/550_build.ipynb #bdad4559
 def build_network(
     r:Recipe,         # of the run
@@ -78,7 +85,7 @@ def build_network(
     if r.checkpointing: checkpoint_activations(network.encoder)
     network.at_once, network.encoder_rests = r.sub_batch, r.freeze == "all"
     network.train()
-    if r.sync_bn: network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if r.sync_bn: network = _synchronised(network, r.encoder.startswith("timm/"))
     return network.to(memory_format=torch.channels_last) if r.channels_last else network
 
 # %% ../nbs/550_build.ipynb #07a585a0

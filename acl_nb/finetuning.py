@@ -131,7 +131,7 @@ def norm_parameters(
     "The scales and shifts of normalisation layers."
     found = set()
     for name, module in net.named_modules():
-        if re.search(r"Norm(\d?d|Act2d)?$|RmsNorm", type(module).__name__):
+        if re.search(r"Norm(?!Free)([A-Z\d]|$)", type(module).__name__):
             own = [key for key, _ in module.named_parameters(recurse=False)]
             found |= {f"{name}.{key}" if name else key for key in own}
     return found
@@ -233,10 +233,13 @@ def _timms_optimizer(name, groups, lr, momentum):
     rule = "an optimiser `timm/…` needs timm: pip install 'acl_nb[timm]'"
     try: from timm.optim import create_optimizer_v2
     except ImportError: raise BadInput(rule) from None
-    try: return create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum)
+    try: made = create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum)
     except (AssertionError, ValueError, KeyError) as e:
         reason = " ".join(str(e).split())
         raise BadInput(f"`optimizer` must be one that timm can make: {name} ({reason})") from None
+    first_order = not getattr(made, "is_second_order", False)
+    require(first_order, "`optimizer` must be one that first derivatives are enough for", f"timm/{name}")
+    return made
 
 def make_optimizer(
     name:str,            # sgd | adamw | timm/NAME
@@ -251,6 +254,22 @@ def make_optimizer(
     fused = all(p.device.type in ("cpu", "cuda") for p in weights)
     if name == "adamw": return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr, momentum, fused=fused)
+
+# %% ../nbs/475_finetuning.ipynb #4b1f0c9e
+_STAYS = {
+    "early": "the weights before its last block stay, all but those of normalisations",
+    "but_norms": "its weights stay, all but those of normalisations",
+    "all": "its weights stay",
+}
+
+def _movement_lines(r):
+    "What is said of an encoder's weights before the table of their groups."
+    lines = []
+    if r.freeze != "none": lines.append(f"freeze={r.freeze}: {_STAYS[r.freeze]}")
+    if r.lora: lines.append(f"LoRA: its weights stay, each matrix learns a correction of rank {r.lora}")
+    if r.layer_decay is not None:
+        lines.append(f"layer decay: each layer's rate is {r.layer_decay:g} times that of the next")
+    return lines
 
 # %% ../nbs/475_finetuning.ipynb #120911de
 def start_lines(
@@ -272,7 +291,8 @@ def start_lines(
         if r.lora: add_lora(network.encoder, r.lora)
     groups = parameter_groups(network, r.weight_decay, r.decay, r.layer_decay, r.encoder_lr)
     table = ["".join(f"{text:>14}" for text in row) for row in group_rows(groups)]
-    return [f"{r.encoder} begins with {source}; its images are normalised: {fed}", *table]
+    begin = f"{r.encoder} begins with {source}; its images are normalised: {fed}"
+    return [begin, *_movement_lines(r), *table]
 
 # %% ../nbs/475_finetuning.ipynb #da728e58
 DECAY = ("all", "weights")
@@ -297,7 +317,7 @@ def check_finetuning(
         (of_timm or not r.checkpointing, "`checkpointing` is for timm's encoders", r.encoder),
         (of_timm or not r.lora, linear, r.encoder),
         (not r.lora or r.freeze == "none", itself, r.freeze),
-        (no_layers or not all_frozen and not r.lora, f"`layer_decay` must be none: {frozen}", r.layer_decay),
+        (no_layers or not all_frozen, f"`layer_decay` must be none: {frozen}", r.layer_decay),
         (r.encoder_lr == 1 or not all_frozen, f"`encoder_lr` must be 1: {frozen}", r.encoder_lr),
         (r.classifier_init == "random" or predicts, cosine, f"{r.classifier}, {r.readout}"),
     ]

@@ -7,14 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from acl_nb.answers import open_run
-from acl_nb.build import build, build_data, build_network
-from acl_nb.checks import BadInput
+from acl_nb.build import build, build_data
 from acl_nb.judging import test_network as judged
 from acl_nb.loop import Training
 from acl_nb.models import describe_model, load_model
-from acl_nb.networks import merged_weights
-from acl_nb.predict import Predictor, export_model
 from acl_nb.recipes import recipe
 from acl_nb.trainer import fit
 
