@@ -18,8 +18,9 @@ from torch import nn
 from .checks import require
 from .datasets import DATASETS, LongTailed, facts_of
 from .encoders import load_pretrained, load_weights
-from .finetuning import add_lora, checkpoint_activations, fitted_to, freeze, make_optimizer
-from .finetuning import parameter_groups, side_of_input, wanted_statistics
+from .finetuning import add_lora, check_fed_alike, checkpoint_activations, fitted_to
+from .finetuning import freeze, make_optimizer, parameter_groups, side_of_input
+from .finetuning import take_classifier, wanted_statistics
 from .loading import EpochBatches, count_workers, cut_where_decoded
 from .loading import load_batches, placed, share_of_test
 from .launch import find_setup, half_precision, start_processes, views_dtype
@@ -72,7 +73,10 @@ def build_network(
     network = Network(len(data.classes), len(data.mean), r.encoder, r.dim, r.hidden,
                       r.classifier, scale, r.centers, r.readout, side, r.drop_path)
     if r.pretrained: load_pretrained(network.encoder, r.encoder, side)
-    if r.encoder_weights: load_weights(network.encoder, r.encoder_weights)
+    if r.encoder_weights:
+        load_weights(network.encoder, r.encoder_weights)
+        check_fed_alike(r)
+    if r.classifier == "lws": take_classifier(network, r.encoder_weights, data.classes)
     freeze(network.encoder, r.freeze)
     if r.lora: add_lora(network.encoder, r.lora)
     if r.checkpointing: checkpoint_activations(network.encoder)

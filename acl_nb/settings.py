@@ -82,7 +82,7 @@ class NetworkSettings:
     "What is trained."
     encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, timm/NAME, or none
     pretrained: bool = setting(False)                         # start from published weights
-    encoder_weights: str | None = setting(None)               # start from this file; None: no file
+    encoder_weights: str | None = setting(None)               # start from this file or run; None: no
     statistics: str = setting("auto", one_of(STATISTICS))     # mean and std: auto | encoder | data
     freeze: str = setting("none", one_of(FREEZE))             # none | early | all | but_norms
     lora: int = setting(0, at_least(0))                       # rank of corrections; 0: none
@@ -91,7 +91,7 @@ class NetworkSettings:
     classifier_init: str = setting("random", one_of(CLASSIFIER_INIT))  # random | means
     dim: int = setting(64, at_least(1))                       # D, of the embeddings
     hidden: int = setting(128, at_least(1))                   # of the projection's hidden layer
-    classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine
+    classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine | lws: a run's, scaled
     scale: float = setting(30.0, above_zero)                  # of the cosine classifier
     centers: str = setting("weights", one_of(CENTERS))        # class centres: weights | free | none
     readout: str = setting("classifier", one_of(READOUTS))    # what predicts: classifier | centers
