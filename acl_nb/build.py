@@ -18,9 +18,8 @@ from torch import nn
 from .checks import require
 from .datasets import DATASETS, LongTailed, facts_of
 from .encoders import load_pretrained, load_weights
-from .finetuning import add_lora, check_fed_alike, checkpoint_activations, fitted_to
-from .finetuning import freeze, make_optimizer, parameter_groups, side_of_input
-from .finetuning import take_classifier, wanted_statistics
+from .finetuning import add_lora, checkpoint_activations, fitted_to, freeze, make_optimizer
+from .finetuning import parameter_groups, side_of_input, wanted_statistics
 from .loading import EpochBatches, count_workers, cut_where_decoded
 from .loading import load_batches, placed, share_of_test
 from .launch import find_setup, half_precision, start_processes, views_dtype
@@ -29,6 +28,7 @@ from .keys import EncoderKeys, KeySource, MeanKeys, QueueKeys
 from .networks import Network
 from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
+from .starting import check_fed_alike, take_classifier
 from .views import POLICIES, Policy, ViewPipeline
 from .views.stored import stored_views
 

@@ -5,26 +5,22 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'FREEZE', 'OPTIMIZERS', 'DECAY', 'CLASSIFIER_INIT', 'Statistics', 'encoder_statistics',
            'wanted_statistics', 'fitted_to', 'side_of_input', 'encoder_layers', 'norm_parameters', 'freeze', 'add_lora',
-           'checkpoint_activations', 'parameter_groups', 'group_rows', 'make_optimizer', 'take_classifier',
-           'check_fed_alike', 'start_lines', 'check_finetuning']
+           'checkpoint_activations', 'parameter_groups', 'group_rows', 'make_optimizer', 'start_lines',
+           'check_finetuning']
 
 # %% ../nbs/475_finetuning.ipynb #a899553a
-import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torchvision.models import get_model_weights
 
 from .checks import BadInput, require
 from .datasets import ImageArray, LongTailed
-from .encoders import has_published_weights, timm_config, weights_file
-from .losses import losses_that
-from .networks import Network, load_network
+from .encoders import has_published_weights, timm_config
+from .networks import Network
 
 # %% ../nbs/475_finetuning.ipynb #dfb7142d
 class Statistics(NamedTuple):
@@ -256,44 +252,6 @@ def make_optimizer(
     if name == "adamw": return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr, momentum, fused=fused)
 
-# %% ../nbs/475_finetuning.ipynb #81ad5456
-def take_classifier(
-    network:Network,  # with an `lws` classifier; changed
-    path,             # folder or file of a finished run
-    classes:list,     # C names, of the data
-):
-    "Give an `lws` classifier the weights of a run's linear one."
-    run = load_network(weights_file(path))
-    kind = run.settings["classifier"] if run.settings["readout"] == "classifier" else "centers"
-    rule = f"`classifier=lws` needs a run that predicts by a linear classifier, as {path} does not"
-    require(kind == "linear", rule, kind)
-    there, here = run.settings["n_classes"], len(classes)
-    rule = f"`classifier=lws` needs a run with the {here} classes of the data, {path} has others"
-    require(there == here, rule, there)
-    names = run.facts.get("classes") or classes
-    differ = [name for name, wanted in zip(names, classes) if name != str(wanted)]
-    require(not differ, f"{rule}, or in another order", ", ".join(map(str, differ[:3])))
-    network.classifier.start_from(run.classifier.weight, run.classifier.bias)
-
-# %% ../nbs/475_finetuning.ipynb #368d1b9e
-def _recipe_in(path):
-    "The recipe that the file of a run holds; empty for any other file."
-    if path.suffix != ".safetensors": return {}
-    with safe_open(path, "pt") as file: told = json.loads((file.metadata() or {}).get("acl_nb", "{}"))
-    return told.get("facts", {}).get("recipe", {})
-
-def check_fed_alike(
-    r,  # a `Recipe` with `encoder_weights`
-):
-    "An encoder from a run must be fed with the numbers that the run fed it with."
-    if not has_published_weights(r.encoder): return       # always the data set's
-    found = _recipe_in(weights_file(r.encoder_weights))
-    if not found: return
-    then = wanted_statistics(SimpleNamespace(**vars(r) | found))
-    word = "data" if then is None else "encoder"
-    rule = f"`statistics` must be {word}, by which {r.encoder_weights} was trained"
-    require((then is None) == (wanted_statistics(r) is None), rule, r.statistics)
-
 # %% ../nbs/475_finetuning.ipynb #120911de
 def start_lines(
     r,                # a `Recipe`
@@ -315,19 +273,6 @@ def start_lines(
     groups = parameter_groups(network, r.weight_decay, r.decay, r.layer_decay, r.encoder_lr)
     table = ["".join(f"{text:>14}" for text in row) for row in group_rows(groups)]
     return [f"{r.encoder} begins with {source}; its images are normalised: {fed}", *table]
-
-# %% ../nbs/475_finetuning.ipynb #63b21f6d
-def _check_lws(r):
-    "What a classifier of learnt factors needs."
-    trained = "`classifier=lws` scales the classifier of a finished run"
-    alone = "`classifier=lws` learns a factor per class and nothing else"
-    *most, last = losses_that(lambda t: t.kind == "classifier" and "classifier" not in t.needs)
-    usable = f"`loss` must be {', '.join(most)} or {last}"
-    require(r.encoder != "none", f"{trained}: stored features have none", r.encoder)
-    named = r.encoder_weights is not None
-    require(named, f"{trained}: `encoder_weights` must name the run", "none")
-    require(r.freeze == "all", f"{alone}: `freeze` must be all", r.freeze)
-    require(r.loss in (*most, last), f"{alone}: {usable}", r.loss)
 
 # %% ../nbs/475_finetuning.ipynb #da728e58
 DECAY = ("all", "weights")
@@ -357,4 +302,3 @@ def check_finetuning(
         (r.classifier_init == "random" or predicts, cosine, f"{r.classifier}, {r.readout}"),
     ]
     for fits, rule, got in rules: require(fits, rule, got)
-    if r.classifier == "lws": _check_lws(r)
