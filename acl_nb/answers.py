@@ -59,7 +59,8 @@ def _built(run, data):
     accelerator = start_processes()
     setup = (run.env or {}).get("setup") or {}
     tested_in = setup.get("test_precision", "fp32")      # earlier versions tested in fp32
-    return build(r, accelerator, find_setup(r, accelerator.device) | {"test_precision": tested_in})
+    setup = find_setup(r, accelerator.device) | {"test_precision": tested_in}
+    return build(r, accelerator, setup, begins=False)
 
 # %% ../nbs/680_answers.ipynb #10dbb198
 def open_run(
