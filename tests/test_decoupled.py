@@ -1,4 +1,4 @@
-"Two stages: a run's classifier is trained anew or scaled, its encoder stays; such a run goes on, is saved and predicts."
+"Two stages: a run's classifier is trained anew or scaled; such a run goes on, is saved and predicts."
 import shutil
 from dataclasses import replace
 
@@ -71,7 +71,8 @@ def test_it_goes_on_bit_by_bit_even_where_the_first_run_is_gone(first, finished,
     shutil.copytree(first.path, copy)
     r = second_stage(copy, how, epochs=3)
     whole = fit(r, tmp_path/"whole", quiet=True)
-    with pytest.raises(KeyboardInterrupt): fit(r, tmp_path/"cut", quiet=True, callbacks=[Stop()], save_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(r, tmp_path/"cut", quiet=True, callbacks=[Stop()], save_every=0)
     shutil.rmtree(copy)
     again = fit(r, tmp_path/"cut", "must", quiet=True)
     files = [(run.path/"model.safetensors").read_bytes() for run in (whole, again)]
@@ -114,13 +115,16 @@ def refused(make):
 def test_what_has_no_classifier_to_scale_is_refused(first, tmp_path):
     lws = second_stage(first.path, "lws")
     def start(path, name, **settings):
-        return refused(lambda: fit(replace(lws, encoder_weights=str(path), **settings), tmp_path/name, quiet=True))
-    cosine = fit(recipe("digits_lt", **{**TINY, "epochs": 1, "classifier": "cosine"}), tmp_path/"cosine", quiet=True).path
+        r = replace(lws, encoder_weights=str(path), **settings)
+        return refused(lambda: fit(r, tmp_path/name, quiet=True))
+    other_kind = {**TINY, "epochs": 1, "classifier": "cosine"}
+    cosine = fit(recipe("digits_lt", **other_kind), tmp_path/"cosine", quiet=True).path
     needs = "`classifier=lws` needs a run"
-    assert start(cosine, "1") == f"{needs} that predicts by a linear classifier, as {cosine} does not; got cosine"
+    linear = f"{needs} that predicts by a linear classifier, as"
+    assert start(cosine, "1") == f"{linear} {cosine} does not; got cosine"
     by_centers = {**TINY, "epochs": 1, "loss": "scl", "views": 2, "readout": "centers"}
     centers = fit(recipe("digits_lt", **by_centers), tmp_path/"centers", quiet=True).path
-    assert start(centers, "2") == f"{needs} that predicts by a linear classifier, as {centers} does not; got centers"
+    assert start(centers, "2") == f"{linear} {centers} does not; got centers"
     alone = tmp_path/"encoder.safetensors"
     save_file({k: v for k, v in weights(first).items() if k.startswith("encoder.")}, alone)
     assert start(alone, "3") == f"{alone} must hold an acl_nb network; its settings are missing"
@@ -133,13 +137,16 @@ def test_what_has_no_classifier_to_scale_is_refused(first, tmp_path):
     missing = "must hold model.safetensors, which a run leaves when it is finished"
     assert start(tmp_path/"begun", "6") == f"{tmp_path/'begun'} {missing}"
 
-SCALES, ALONE = "`classifier=lws` scales the classifier of a finished run", "`classifier=lws` learns a factor per class and nothing else"
+SCALES = "`classifier=lws` scales the classifier of a finished run"
+ALONE = "`classifier=lws` learns a factor per class and nothing else"
+MEANS = "`classifier_init=means` needs a cosine classifier that predicts; got lws, classifier"
+LDAM = '`loss="ldam"` works with one kind of it only: `classifier` must be cosine; got lws'
 RULES = {
     "no run": (dict(encoder_weights=None), f"{SCALES}: `encoder_weights` must name the run; got none"),
     "encoder": (dict(freeze="early"), f"{ALONE}: `freeze` must be all; got early"),
     "contrast": (dict(loss="acl", views=2), f"{ALONE}: `loss` must be ce, la, cb or gala; got acl"),
-    "means": (dict(classifier_init="means"), "`classifier_init=means` needs a cosine classifier that predicts; got lws, classifier"),
-    "ldam": (dict(loss="ldam"), '`loss="ldam"` works with one kind of it only: `classifier` must be cosine; got lws'),
+    "means": (dict(classifier_init="means"), MEANS),
+    "ldam": (dict(loss="ldam"), LDAM),
 }
 
 @pytest.mark.parametrize("case", RULES)
@@ -148,7 +155,8 @@ def test_what_does_not_go_together_is_refused(first, case):
     assert refused(lambda: replace(second_stage(first.path, "lws"), **settings)) == sentence
 
 def test_the_command_line_of_the_notebook_means_the_same(first):
-    fields = [f"encoder_weights={first.path}", "freeze=all", "sampling=class_balanced", "n_max=40", "precision=fp32"]
+    fields = [f"encoder_weights={first.path}", "freeze=all", "sampling=class_balanced"]
+    fields += ["n_max=40", "precision=fp32"]
     options = dict(loss="ce", views="1", epochs="5")
     for how, more in (("crt", []), ("lws", ["classifier=lws"])):
         r, _ = resolve("digits_lt", None, options, [*fields, *more])
