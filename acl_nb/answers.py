@@ -52,12 +52,7 @@ def _weights(path):
     require(named, "a run folder or its model.safetensors must be named", path)
     return path if path.is_file() else path/WEIGHTS
 
-def _as_saved(r, weights):
-    "The recipe of a network that begins as it was saved: no other weights are fetched or read."
-    if not (r.pretrained or r.encoder_weights): return replace(r, lora=0)
-    return replace(r, lora=0, pretrained=False, encoder_weights=str(weights))
-
-def _built(run, weights, data):
+def _built(run, data):
     "The parts of a run, for its tests."
     r = _recipe(run)
     r = replace(r, data=data or r.data, sync_bn=r.sync_bn and torch.cuda.is_available())
@@ -65,7 +60,7 @@ def _built(run, weights, data):
     setup = (run.env or {}).get("setup") or {}
     tested_in = setup.get("test_precision", "fp32")      # earlier versions tested in fp32
     setup = find_setup(r, accelerator.device) | {"test_precision": tested_in}
-    parts = build(_as_saved(r, weights), accelerator, setup)
+    parts = build(replace(r, lora=0), accelerator, setup, begins=False)     # LoRA is in the weights
     parts.recipe = r
     return parts
 
@@ -81,7 +76,7 @@ def open_run(
     rule = f"{run.path} must hold {WEIGHTS}, which a run leaves when it is finished"
     require(weights.is_file(), rule)
     network = load_network(weights)
-    parts = _built(run, weights, data)
+    parts = _built(run, data)
     _require_same_data(run, parts.data, network)
     rule = f"{weights} must be the network of the recipe beside it"
     require(network.settings == parts.bare.settings, rule, network.settings)

@@ -28,6 +28,7 @@ from .keys import EncoderKeys, KeySource, MeanKeys, QueueKeys
 from .networks import Network
 from .processes import all_or_none, require_same, seed_rank, world_size
 from .settings import Recipe, lr_factor
+from .starting import check_fed_alike, take_classifier
 from .views import POLICIES, Policy, ViewPipeline
 from .views.stored import stored_views
 
@@ -59,6 +60,15 @@ def _build_data_once_per_machine(r, accelerator):
         require_same("the images of a run, by their SHA-256,", data.describe()["sha256"])
     return data
 
+# %% ../nbs/550_build.ipynb #9736c343
+def _load_start(r, network, side, classes):
+    "The weights that a recipe names, where it names some."
+    if r.pretrained: load_pretrained(network.encoder, r.encoder, side)
+    if r.encoder_weights:
+        load_weights(network.encoder, r.encoder_weights)
+        check_fed_alike(r)
+    if r.classifier == "lws": take_classifier(network, r.encoder_weights, classes)
+
 # %% ../nbs/550_build.ipynb #e2e1f6e9
 def _synchronised(network, of_timm):
     "Batch statistics of all processes together; some of timm's layers hold an activation, which torch would drop."
@@ -70,6 +80,7 @@ def _synchronised(network, of_timm):
 def build_network(
     r:Recipe,         # of the run
     data:LongTailed,  # its data
+    begins:bool=True, # with the weights that it names; False: others are loaded next
 ) -> Network:         # on the CPU
     "The network of a recipe, with its initial weights."
     torch.manual_seed(r.seed)
@@ -78,8 +89,7 @@ def build_network(
     side = side_of_input(r, data.train.shape[-1])
     network = Network(len(data.classes), len(data.mean), r.encoder, r.dim, r.hidden,
                       r.classifier, scale, r.centers, r.readout, side, r.drop_path)
-    if r.pretrained: load_pretrained(network.encoder, r.encoder, side)
-    if r.encoder_weights: load_weights(network.encoder, r.encoder_weights)
+    if begins: _load_start(r, network, side, data.classes)
     freeze(network.encoder, r.freeze)
     if r.lora: add_lora(network.encoder, r.lora)
     if r.checkpointing: checkpoint_activations(network.encoder)
@@ -248,10 +258,10 @@ def _wrapped(accelerator, bare):
             break
     return network
 
-def _build_learning(r, data, accelerator, precision):
+def _build_learning(r, data, accelerator, precision, begins):
     "The fields of `Parts` from `bare` to `scaler`."
     device, counts = accelerator.device, data.counts
-    bare = build_network(r, data).to(device)
+    bare = build_network(r, data, begins).to(device)
     freeze_unread(r, bare)
     keys = build_keys(r, bare)           # a second encoder is copied before it is compiled
     if r.compile: bare.encoder.compile()
@@ -268,6 +278,7 @@ def build(
     accelerator:Accelerator=None, # of `start_processes`; None: joined here
     setup:dict=None,              # of `find_setup`; None: found here
     workers:int=None,             # processes that load images, as for `count_workers`
+    begins:bool=True,             # with the weights that it names; False: others are loaded next
 ) -> Parts:
     "Build everything that a recipe names, and seed this process's random numbers."
     accelerator = accelerator or start_processes()
@@ -275,6 +286,6 @@ def build(
     data = _build_data_once_per_machine(recipe, accelerator)
     dtype = views_dtype(accelerator.device, setup["precision"])
     loading = _build_loading(recipe, data, workers, dtype, accelerator.device)
-    learning = _build_learning(recipe, data, accelerator, setup["precision"])
+    learning = _build_learning(recipe, data, accelerator, setup["precision"], begins)
     seed_rank(recipe.seed)
     return Parts(recipe, accelerator, setup, data, **loading, **learning)

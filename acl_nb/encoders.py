@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'Shortcut', 'BasicBlock', 'CifarResNet', 'AlreadyFeatures', 'find_encoder', 'timm_config', 'encoder',
-           'has_published_weights', 'load_pretrained', 'load_weights']
+           'has_published_weights', 'load_pretrained', 'weights_file', 'load_weights']
 
 # %% ../nbs/400_encoders.ipynb #2716cfc9
 import re
@@ -213,6 +213,17 @@ def load_pretrained(
     require(channels == 3, "`pretrained` weights are for images with 3 channels", channels)
     net.load_state_dict(_weights_of(name, size))
 
+# %% ../nbs/400_encoders.ipynb #c8e6f3b0
+def weights_file(
+    path,     # of a file of weights, or the folder of a finished run
+):            # the file
+    "Where the weights lie that somebody names."
+    path = user_path(path)
+    if not path.is_dir(): return path
+    inside = path/"model.safetensors"
+    require(inside.is_file(), f"{path} must hold {inside.name}, which a run leaves when it is finished")
+    return inside
+
 # %% ../nbs/400_encoders.ipynb #7f17222c
 _OTHER_HEADS = ("fc.", "head.", "classifier.", "centers.", "means")
 _WRAPPED = ("state_dict", "model", "model_state_dict")      # where checkpoints keep weights
@@ -264,11 +275,11 @@ def _in_timms_words(tensors, wanted):
 # %% ../nbs/400_encoders.ipynb #048db471
 def load_weights(
     net:nn.Module,  # of `encoder(name)`
-    path,           # a .safetensors file, or a checkpoint of torch
+    path,           # a .safetensors file, a checkpoint of torch, or the folder of a finished run
 ):
     "Give an encoder the weights of a file."
     wanted = net.state_dict()
-    tensors = _in_timms_words(_tensors_in(user_path(path)), wanted)
+    tensors = _in_timms_words(_tensors_in(weights_file(path)), wanted)
     found = _without_prefix(tensors, wanted.keys())
     kept = {k: v for k, v in found.items() if k in wanted or not k.startswith(_OTHER_HEADS)}
     unfit = [k for k, v in wanted.items() if k not in kept or kept[k].shape != v.shape]

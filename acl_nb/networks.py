@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .checks import BadInput, choose
 from .encoders import encoder
 from .heads import CentersFromWeights, CosineClassifier, FreeCenters, ProjectionHead
+from .heads import ScaledClassifier
 from .processes import Share, own_share
 
 # %% ../nbs/430_networks.ipynb #307938f3
@@ -37,6 +38,7 @@ class Output(NamedTuple):
 CLASSIFIERS = {
     "linear": lambda d, c, scale: nn.Linear(d, c),
     "cosine": CosineClassifier,
+    "lws": lambda d, c, scale: ScaledClassifier(d, c),
 }
 CENTERS = {
     "weights": lambda c, d, hidden, dim: CentersFromWeights(d, hidden, dim),
@@ -54,7 +56,7 @@ class Network(nn.Module):
         encoder_name:str="resnet32", # a key of `ENCODERS`
         dim:int=128,                 # D, length of an embedding
         hidden:int=512,              # width of the projection's hidden layer
-        classifier:str="linear",     # linear | cosine
+        classifier:str="linear",     # linear | cosine | lws
         scale:float=30.0,            # factor of cosines (cosine classifier, readout by centres)
         centers:str="weights",       # weights (made from the classifier's) | free | none
         readout:str="classifier",    # what predicts: classifier | centers (the nearest one)

@@ -24,6 +24,7 @@ from .networks import CENTERS, CLASSIFIERS, READOUTS
 from .pairs import NEGATIVES
 from .rules import above_zero, at_least, below_one, known_encoder, known_optimizer
 from .rules import known_policies, one_of, seed_number, setting, share_of_one
+from .starting import check_lws
 
 # %% ../nbs/500_settings.ipynb #c41bc5c7
 def _cosine(x):
@@ -82,7 +83,7 @@ class NetworkSettings:
     "What is trained."
     encoder: str = setting("resnet8", known_encoder)          # a key of `ENCODERS`, timm/NAME, or none
     pretrained: bool = setting(False)                         # start from published weights
-    encoder_weights: str | None = setting(None)               # start from this file; None: no file
+    encoder_weights: str | None = setting(None)               # start from this file or run
     statistics: str = setting("auto", one_of(STATISTICS))     # mean and std: auto | encoder | data
     freeze: str = setting("none", one_of(FREEZE))             # none | early | all | but_norms
     lora: int = setting(0, at_least(0))                       # rank of corrections; 0: none
@@ -91,7 +92,7 @@ class NetworkSettings:
     classifier_init: str = setting("random", one_of(CLASSIFIER_INIT))  # random | means
     dim: int = setting(64, at_least(1))                       # D, of the embeddings
     hidden: int = setting(128, at_least(1))                   # of the projection's hidden layer
-    classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine
+    classifier: str = setting("linear", one_of(CLASSIFIERS))  # linear | cosine | lws: a run's
     scale: float = setting(30.0, above_zero)                  # of the cosine classifier
     centers: str = setting("weights", one_of(CENTERS))        # class centres: weights | free | none
     readout: str = setting("classifier", one_of(READOUTS))    # what predicts: classifier | centers
@@ -242,6 +243,7 @@ def _check_needs(r, traits):
         rule = f'`{name}` must be at most {value} with `loss="{r.loss}"`'
         require(getattr(r, name) <= value, rule, getattr(r, name))
 
+# %% ../nbs/500_settings.ipynb #9e6cfc17
 def _check_together(r):
     "Rules that join two fields."
     traits = loss_traits(r.loss)
@@ -251,6 +253,7 @@ def _check_together(r):
     _check_centers(r, traits)
     _check_needs(r, traits)
     check_finetuning(r)
+    check_lws(r)
 
 # %% ../nbs/500_settings.ipynb #04072b9f
 @dataclass(frozen=True)

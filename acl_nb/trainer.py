@@ -69,7 +69,7 @@ def _classifier_from_means(parts):
 def _start(recipe, out, found, accelerator, workers):
     "The parts of the run, and its folder begun or compared with the data at hand."
     setup = _setup(recipe, accelerator.device, found)
-    parts = build(recipe, accelerator, setup, workers)
+    parts = build(recipe, accelerator, setup, workers, begins=found is None)
     data = {**parts.data.describe(), "class_names": parts.data.classes}
     def write():
         if found is None: begin_folder(recipe, out, data, parts.setup)
