@@ -298,6 +298,7 @@ def test_jupyterlab(tmp_path, chromium):
             page.keyboard.press("Control+Enter")
             page.wait_for_timeout(500)
             page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=90_000)
+        page.wait_for_timeout(2000)                                                      # the manager of widgets comes after the kernel
         run_cell(0)
         root = page.locator(".acl-live").first
         root.locator("svg").first.wait_for(timeout=60_000)

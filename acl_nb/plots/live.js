@@ -282,6 +282,7 @@ class Explorer {  // its parts anew, and the hand of a keyboard where it was
   fill(...parts) {
     const all = () => [...this.el.querySelectorAll("select, input, button, .point, .chart")], at = all().indexOf(document.activeElement);
     this.el.replaceChildren(...parts);
+    for (const node of all()) node.dataset.lmSuppressShortcuts = true;  // JupyterLab keeps off their keys
     if (at >= 0) all()[at]?.focus();
     this.draw();
   }
@@ -562,7 +563,7 @@ function nearby(at, v) {  // a view of an image, on one side of it or the other
   return [...rotated(x, y, .227 * Math.ceil(v / 2) * (v % 2 ? 1 : -1)), ...rest];
 }
 
-function follow(to, done) {  // a hand until it lets go; mouse, pen and finger alike
+function follow(to, done) {  // a hand, until it lets go
   const over = new AbortController(), how = {signal: over.signal, passive: false};
   addEventListener("pointermove", (e) => { e.preventDefault(); to(e); }, how);
   for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => { over.abort(); done(); }, how);
@@ -679,7 +680,6 @@ const KINDS = {conflict: Conflict, balance: Balance};
 
 function mount(el, kind, state, told = {}) {
   el.classList.add("acl-live");
-  el.dataset.lmSuppressShortcuts = "true";  // JupyterLab leaves the keys alone
   if (!el.querySelector("style")) el.prepend(h("style", {}, STYLE));
   const place = el.appendChild(h("div", {})), ink = () => {
     const [r, g, b] = getComputedStyle(el.parentElement || document.body).color.match(/[\d.]+/g);
