@@ -24,11 +24,11 @@ test: $(NEEDS) clean-check sync-check ## notebooks clean, modules in sync, every
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 test-browser: $(NEEDS) ## the explorers and the site in a real browser, which must be there (screenshots: runs/browser)
-	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py tests/test_site.py
+	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_live.py tests/test_site.py
 
 # Both checks work on a copy, so that a check changes nothing and needs no commit.
 COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs bench $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
-SKIP = -x __pycache__ -x .ipynb_checkpoints -x runs
+SKIP = -x live.js -x __pycache__ -x .ipynb_checkpoints -x runs
 
 clean-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_clean && diff -rq $(SKIP) $(CURDIR)/nbs nbs || { echo 'notebooks are not clean: run nbdev_clean'; exit 1; }
@@ -64,7 +64,7 @@ readme: $(NEEDS) ## README.md from nbs/index.ipynb
 	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_readme
 
 NOTEBOOKS = $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort)
-CONVERT = ACL_NB_STILL=1 OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --inplace
+CONVERT = OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --inplace
 EXECUTE = for nb in $(NOTEBOOKS); do $(CONVERT) --execute --ExecutePreprocessor.store_widget_state=False $$nb || exit 1; done && \
 	$(CONVERT) --coalesce-streams $(NOTEBOOKS) && $(BIN)/nbdev_clean        # what is printed in pieces is one output, whatever the timing
 

@@ -15,6 +15,7 @@ import torch
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from .intervals import accuracy_intervals, wilson
+from .plots.live import film_of_run, live_page
 from .records import Run, write_text
 
 # %% ../nbs/530_report.ipynb #f5672ef3
@@ -193,6 +194,9 @@ _ABOUT = {
     "last_balance": (
         "What acts on each class as a key, as parts of the whole, "
         "in the last epoch that was measured."),
+    "film": (
+        "What acts on each class as a key, from head to tail: move the epoch, "
+        "and point at a class for its numbers."),
 }
 _CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 
@@ -200,6 +204,9 @@ def _drawn(figures, about=_ABOUT):
     "Title, reading aid and HTML of each figure."
     drawn = []
     for name, figure in figures.items():
+        if isinstance(figure, dict):
+            drawn.append({"about": about[name], **figure})
+            continue
         bare = go.Figure(figure).update_layout(title=None, margin_t=25, margin_l=55, margin_r=10)
         html = bare.to_html(full_html=False, include_plotlyjs=not drawn, config=_CONFIG,
                             div_id=f"figure-{name}")        # by chance otherwise
@@ -238,7 +245,7 @@ def fill_page(
     template:str,    # text of a jinja2 template that extends "frame" and may fill its block `numbers`
     title:str,       # heading of the page
     lead:str,        # what the numbers are of
-    figures:dict,    # name -> plotly Figure
+    figures:dict,    # name -> plotly Figure, or a dict of title and HTML (`drawn`)
     folded:dict,     # heading -> dict for a table that opens on demand
     about:dict=None, # name of a figure -> how to read it; None: those of a run's figures
     **values,        # what the template reads beside these
@@ -291,6 +298,16 @@ def run_intervals(
     made, data = run.predictions, (run.env or {}).get("data")
     return accuracy_intervals(made, data["counts"]) if made and data else {}
 
+# %% ../nbs/530_report.ipynb #7c2a10e2
+def _figures(run):
+    "The figures of a run's page; the last one moves, where the run was probed."
+    figures, counts = run.figures(), run.env["data"]["counts"]
+    film = film_of_run(run.recipe["name"], counts, run.balance)
+    if film is None: return figures
+    figures.pop("last_balance")
+    drawn = live_page("balance", {"film": [film]}, "film")
+    return figures | {"film": {"title": "Gradient balance, epoch for epoch", "drawn": drawn}}
+
 # %% ../nbs/530_report.ipynb #3863f063
 def write_report(
     run:Run,  # a finished run
@@ -309,5 +326,5 @@ def write_report(
     path = run.path/"report.html"
     title = f"{run.recipe['name']} with {run.recipe['loss']}"
     scores = summary | {"intervals": run_intervals(run)}
-    write_page(path, title, _lead(run), scores, run.figures(), folded)
+    write_page(path, title, _lead(run), scores, _figures(run), folded)
     return path

@@ -39,72 +39,53 @@ function dot(a, i, b, k, D) {
   return sum;
 }
 
-// The weight of each key as a negative, as a logarithm, and what an anchor's class adds to it.
-function logWeights(batch, keyLabels, negatives) {
-  const of = new Map(), none = () => 0;
-  for (const y of keyLabels) of.set(y, (of.get(y) || 0) + 1);
-  const perKey = (y) => -Math.log(of.get(y));
-  if (negatives === "none") return {column: none, row: none};
-  if (negatives === "batch") return {column: perKey, row: none};
-  const prior = logPrior(batch.counts);
-  if (negatives === "prior") {
-    const mean = Math.log(prior.length) - logSumExp(prior.map((p) => -p));
-    return {column: (y) => mean - prior[y], row: none};
+// What is added to a key's logit, as a positive and as a negative; how much it is wanted; what an anchor's class adds.
+function offsets(batch, keyLabels, side) {
+  const N = batch.labels.length, {loss, negatives = "batch", alpha = .05} = side, counts = new Map(), fill = (of) => Float64Array.from(keyLabels, of), zero = fill(() => 0);
+  for (const y of keyLabels) counts.set(y, (counts.get(y) || 0) + 1);
+  const prior = logPrior(batch.counts), apart = (more) => fill((y) => -Math.log(counts.get(y) - more));
+  const made = {positive: zero, negative: zero, pull: fill(() => 1), row: () => 0};
+  if (loss === "bcl") return {...made, positive: apart(1), negative: apart(0)};
+  if (loss === "paco") {
+    const logits = fill((y, k) => k < N ? 0 : prior[y]);
+    return {...made, positive: logits, negative: logits, pull: fill((_, k) => k < N ? alpha : 1)};
   }
-  return {column: (y) => prior[y] + perKey(y), row: (y) => -prior[y]};
+  if (loss === "scl" || negatives === "none") return made;
+  if (negatives === "batch") return {...made, negative: apart(0)};
+  const mean = Math.log(prior.length) - logSumExp(prior.map((p) => -p));
+  if (negatives === "prior") return {...made, negative: fill((y) => mean - prior[y])};
+  return {...made, negative: apart(0).map((w, k) => w + prior[keyLabels[k]]), row: (y) => -prior[y]};
 }
-
-// ∂L_i/∂s_ik of one anchor, from its similarities s; `same` marks its positives, `i` is the anchor itself.
-const FORMS = {
-  softmax(s, same, i, out, extra, pull) {  // all but aligned acl
-    const K = s.length, logits = new Float64Array(K);
-    for (let k = 0; k < K; k++) logits[k] = k === i ? -Infinity : s[k] + extra(k);
-    const all = logSumExp(logits);
-    let total = 0;
-    for (let k = 0; k < K; k++) if (same[k]) total += pull(k);
-    for (let k = 0; k < K; k++) out[k] = Math.exp(logits[k] - all) - (same[k] ? pull(k) / total : 0);
-    if (i < K) out[i] = 0;
-  },
-  aligned(s, same, i, out, extra, positives) { // acl: every positive has a denominator of its own
-    const K = s.length, of = [];
-    for (let k = 0; k < K; k++) if (!same[k] && k !== i) of.push(s[k] + extra(k));
-    const W = logSumExp(of);
-    let rest = 0;
-    for (let k = 0; k < K; k++) if (same[k]) {
-      const lacks = 1 / (1 + Math.exp(s[k] - W));
-      out[k] = -lacks / positives;
-      rest += lacks;
-    }
-    for (let k = 0; k < K; k++) if (!same[k]) out[k] = k === i ? 0 : Math.exp(s[k] + extra(k) - W) * rest / positives;
-  },
-};
 
 // [N, K] derivatives of the batch loss: below 0 pulls together, above 0 pushes apart.
 function coefficients(batch, side) {
-  const {dim: D, labels, temperature} = batch, N = labels.length;
-  const keys = keysOf(batch, side), K = keys.labels.length, coef = new Float64Array(N * K);
-  const {aligned = true, negatives = "batch", alpha = 0.05} = side;
-  const weights = logWeights(batch, keys.labels, side.loss === "acl" ? negatives : "none");
-  const prior = side.loss === "paco" ? logPrior(batch.counts) : null;
-  const ofClass = new Map();
-  for (const y of keys.labels) ofClass.set(y, (ofClass.get(y) || 0) + 1);
-  const s = new Float64Array(K), same = new Uint8Array(K);
+  const {z, dim: D, labels, temperature} = batch, N = labels.length, keys = keysOf(batch, side), K = keys.labels.length;
+  const {positive, negative, pull, row} = offsets(batch, keys.labels, side), aligned = side.loss === "acl" && side.aligned !== false;
+  const coef = new Float64Array(N * K), s = new Float64Array(K), of = Int32Array.from(keys.labels);
   let anchors = 0;
   for (let i = 0; i < N; i++) {
-    let positives = 0;
+    const y = labels[i], more = row(y), at = i * K;
+    let top = -Infinity, wanted = 0, positives = 0;
     for (let k = 0; k < K; k++) {
-      s[k] = dot(batch.z, i, keys.vectors, k, D) / temperature;
-      same[k] = k !== i && keys.labels[k] === labels[i] ? 1 : 0;
-      positives += same[k];
+      const own = of[k] === y;
+      s[k] = dot(z, i, keys.vectors, k, D) / temperature + (own ? aligned ? 0 : positive[k] : negative[k] + more);
+      if (k === i) continue;
+      if (own) wanted += pull[k], positives++;
+      if (!(own && aligned) && s[k] > top) top = s[k];
     }
-    if (!positives) continue;
+    if (!positives || top === -Infinity) { if (positives) anchors++; continue; } 
     anchors++;
-    const out = coef.subarray(i * K, (i + 1) * K), row = weights.row(labels[i]);
-    const weight = (k) => weights.column(keys.labels[k]) + row, one = () => 1;
-    if (side.loss === "paco") FORMS.softmax(s, same, i, out, (k) => k < N ? 0 : prior[k - N], (k) => k < N ? alpha : 1);
-    else if (side.loss === "bcl") FORMS.softmax(s, same, i, out, (k) => -Math.log(ofClass.get(keys.labels[k]) - same[k]), one);
-    else if (side.loss === "scl" || !aligned) FORMS.softmax(s, same, i, out, (k) => same[k] ? 0 : weight(k), one);
-    else FORMS.aligned(s, same, i, out, weight, positives);
+    let sum = 0, rest = 0;  // of a denominator
+    for (let k = 0; k < K; k++) {
+      const e = coef[at + k] = k === i ? 0 : Math.exp(s[k] - top);
+      if (!(aligned && of[k] === y)) sum += e;
+    }
+    for (let k = 0; k < K; k++) {
+      const e = coef[at + k], target = of[k] !== y || k === i ? 0 : pull[k] / wanted;
+      if (!(aligned && of[k] === y)) coef[at + k] = e / sum - target;
+      else if (k !== i) rest -= coef[at + k] = -target / (1 + e / sum);
+    }
+    if (aligned) for (let k = 0; k < K; k++) if (of[k] !== y) coef[at + k] *= rest;
   }
   for (let n = 0; n < coef.length; n++) coef[n] /= Math.max(1, anchors);
   return {coef, keys, N, K};
@@ -157,7 +138,7 @@ function alongSphere(force, z, D) {  // what moves a point of unit length has no
 const row = (z, i, D) => z.subarray(i * D, (i + 1) * D);
 const rotated = (x, y, a) => [x * Math.cos(a) - y * Math.sin(a), x * Math.sin(a) + y * Math.cos(a)];
 
-function unit(list, D) {  // every D numbers at length one
+function unit(list, D) {  // to length one
   const z = Float64Array.from(list);
   for (let i = 0; i < z.length / D; i++) {
     const length = Math.sqrt(dot(z, i, z, i, D)) || 1;
@@ -222,7 +203,7 @@ option {color: #222; background: #fff}
 button {cursor: pointer; padding: 2px 8px; &.on {background: var(--pull); color: var(--paper)}}
 output {min-width: 2em}
 .said {min-height: 4.4em; @media (max-width: 520px) {min-height: 0}} b {font-size: 19px; white-space: nowrap}
-.key {display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 2px 0} i {display: inline-block; width: 18px; height: 4px; margin: 0 5px 3px 0; vertical-align: middle}
+.key {display: flex; flex-wrap: wrap; gap: 2px 16px} i {display: inline-block; width: 18px; height: 4px; margin: 0 5px 3px 0; vertical-align: middle}
 g.point {cursor: grab; outline: none; &:focus-visible .halo {stroke-dasharray: 3 2}}
 table {border-collapse: collapse} td, th {padding: 1px 10px 1px 0; text-align: right}
 .word {font-size: 11px; fill: var(--ink)} .scroll {max-height: 260px; overflow: auto}}`;
@@ -238,7 +219,11 @@ function h(tag, attributes = {}, ...children) {
   node.append(...children.filter((c) => c !== null));
   return node;
 }
-const set = (node, attributes) => { for (const name in attributes) node.setAttribute(name, attributes[name]); };
+function set(node, attributes) {  // what has changed
+  const old = node.old ||= {};
+  for (const name in attributes) if (old[name] !== attributes[name]) node.setAttribute(name, old[name] = attributes[name]);
+}
+const px = (v) => Math.round(1000 * v) / 10;  // of a circle of 100 pixels
 
 function select(label, options, value, told) {
   const box = h("select", {onchange: () => told(box.value)});
@@ -247,10 +232,11 @@ function select(label, options, value, told) {
   return h("label", {}, label.includes(" loss") ? "" : label, box);
 }
 
-function slider(label, values, value, told) {  // a native range over a list of values
-  const at = Math.max(0, values.indexOf(value)), shown = h("output", {}, String(value));
+function slider(label, values, value, told) {
+  if (!values.includes(value)) values = [...values, value].sort((a, b) => a - b);
+  const at = values.indexOf(value), shown = h("output", {}, short(value));
   const bar = h("input", {type: "range", min: 0, max: values.length - 1, step: 1, value: at, oninput: () => {
-    shown.textContent = values[bar.value];
+    shown.textContent = short(values[bar.value]);
     bar.setAttribute("aria-valuetext", values[bar.value]);
     told(values[bar.value]);
   }});
@@ -297,7 +283,7 @@ class Explorer {  // its parts anew, and the hand of a keyboard where it was
 }
 
 const percent = (x) => Number.isFinite(x) ? `${Math.round(100 * x)} %` : "–";
-const short = (x) => Number.isFinite(x) ? String(Number(x.toPrecision(3))) : "–";
+const short = (x) => Number.isFinite(x) ? Number(x.toPrecision(3)) : "–";
 const bold = (text) => h("b", {}, text);
 
 // == 4. Conflict: points on a circle or a sphere, two losses ==
@@ -461,13 +447,17 @@ class Conflict extends Explorer {
       g.addEventListener("keydown", (e) => this.key(e, k, i));
       g.addEventListener("focus", () => { if (i < N && s.chosen !== i) { s.chosen = i; this.draw(); } });
       points.append(g);
-      return {g, line: lines.appendChild(h("path", {})), arrow: arrows.appendChild(h("path", {fill: "none", "stroke-width": 1.6}))};
+      return g;
     });
+    // Lines of one look are one path, which keeps up with a hand.
+    const drawn = Object.fromEntries(Object.values(ROLE).flatMap((role) => range(5, (n) => [role + n, lines.appendChild(
+      h("path", {stroke: `var(--${role})`, "stroke-width": .7 + 1.4 * n, opacity: .3 + .12 * n}))])));
+    for (const where of ["front", "back"]) drawn[where] = arrows.appendChild(h("path", {fill: "none", stroke: "var(--ink)", "stroke-width": 1.6, opacity: where === "front" ? .7 : .25}));
     const parts = PARTS.map((part) => arrows.appendChild(h("path", {fill: "none", stroke: `var(--${ROLE[part]})`, "stroke-width": 3.2})));
     svg.append(ground, lines, points, arrows);
     svg.addEventListener("pointerdown", (e) => this.spin(e));
     arrows.setAttribute("pointer-events", "none");
-    return {svg, ground, all, parts, said: h("div", {class: "said", "aria-live": "polite"})};
+    return {svg, ground, all, parts, drawn, said: h("div", {class: "said", "aria-live": "polite"})};
   }
   draw() {
     const {s} = this, D = s.dim;
@@ -476,15 +466,17 @@ class Conflict extends Explorer {
       const scale = s.temperature * s.labels.length, i = s.chosen, N = s.labels.length;
       const of = (z, c) => (n) => n < N ? row(z, n, D) : row(c, n - N, D), at = of(b.z, b.centers), to = of(force.whole, force.centers);
       const places = panel.all.map((_, n) => this.turned(at(n)));
-      panel.all.forEach((one, n) => {
-        const hidden = n >= N && found.K === N, [x, y, z] = places[n];
+      const d = Object.fromEntries(Object.keys(panel.drawn).map((name) => [name, ""]));
+      panel.all.forEach((g, n) => {
+        const hidden = n >= N && found.K === N, [x, y, z] = places[n], back = z < -.02;
         const c = n < found.K ? found.coef[i * found.K + n] * N : 0, own = n < N ? s.labels[n] === s.labels[i] : n - N === s.labels[i];
         const role = !own ? "push" : c < 0 ? "pull" : "wrong", strong = hidden || n === i ? 0 : Math.min(1, Math.abs(c));
-        set(one.g, {transform: `translate(${100 * x} ${-100 * y}) scale(${n === i ? 1.35 : 1})`, opacity: z < -.02 ? .35 : 1, display: hidden ? "none" : "inline"});
-        set(one.g.firstChild, {stroke: role === "wrong" && strong > 1e-9 ? "var(--wrong)" : n === i ? "var(--ink)" : "none"});
-        set(one.line, {d: strong > 1e-3 ? curve(places[i], places[n]) : "", stroke: `var(--${role})`, "stroke-width": .6 + 6 * strong, opacity: .3 + .5 * strong});
-        set(one.arrow, {d: hidden || n === i ? "" : arrow(places[n], this.turned(to(n)), scale), stroke: "var(--ink)", opacity: z < -.02 ? .25 : .7});
+        set(g, {transform: `translate(${px(x)} ${px(-y)}) scale(${n === i ? 1.35 : 1})`, opacity: back ? .35 : 1, display: hidden ? "none" : "inline"});
+        set(g.firstChild, {stroke: role === "wrong" && strong > 1e-9 ? "var(--wrong)" : n === i ? "var(--ink)" : "none"});
+        if (strong > 1e-3) d[role + Math.round(4 * strong)] += curve(places[i], places[n]);
+        if (!hidden && n !== i) d[back ? "back" : "front"] += arrow(places[n], this.turned(to(n)), scale);
       });
+      for (const name in d) set(panel.drawn[name], {d: d[name]});
       PARTS.forEach((part, p) => set(panel.parts[p], {d: arrow(places[i], this.turned(row(force[part], i, D)), scale)}));
       if (D === 3) set(panel.ground.lastChild, {d: this.equator()});
       const [within, between] = this.angles(b);
@@ -516,7 +508,7 @@ class Conflict extends Explorer {
   grab(e, k, i) {
     e.stopPropagation(); e.preventDefault();
     const {s} = this, svg = this.panels[k].svg, N = s.labels.length, front = i < N && this.turned(row(s.z[k], i, s.dim))[2] >= -.02 ? 1 : -1;
-    this.panels[k].all[i].g.focus();
+    this.panels[k].all[i].focus();
     if (i < N) s.chosen = i;
     const to = (m) => {
       const box = svg.getBoundingClientRect(), size = box.width / 300;
@@ -575,14 +567,14 @@ function mark(y, center) {  // a class has a colour and a shape, a centre is hol
   return h("path", {d, ...look});
 }
 
-const curve = (a, b) => `M${100 * a[0]} ${-100 * a[1]}Q${35 * (a[0] + b[0])} ${-35 * (a[1] + b[1])} ${100 * b[0]} ${-100 * b[1]}`;
+const curve = (a, b) => `M${px(a[0])} ${px(-a[1])}Q${px(.35 * (a[0] + b[0]))} ${px(-.35 * (a[1] + b[1]))} ${px(b[0])} ${px(-b[1])}`;
 
 function arrow(from, force, scale) {
   const size = Math.hypot(...force) * scale, length = 62 * Math.tanh(size);
   if (length < 1.5) return "";
-  const [u, v] = [force[0], -force[1]].map((f) => f * length * scale / size), x = 100 * from[0], y = -100 * from[1], r = Math.hypot(u, v) || 1;
-  const head = Math.min(6, .6 * r), [p, q] = [u / r * head, v / r * head], tip = [x + u, y + v];
-  return `M${x} ${y}L${tip[0]} ${tip[1]}M${tip[0] - p - .6 * q} ${tip[1] - q + .6 * p}L${tip[0]} ${tip[1]}L${tip[0] - p + .6 * q} ${tip[1] - q - .6 * p}`;
+  const [u, v] = [force[0], -force[1]].map((f) => f * length * scale / size / 100), x = from[0], y = -from[1], r = Math.hypot(u, v) || 1;
+  const head = Math.min(.06, .6 * r), [p, q] = [u / r * head, v / r * head], to = (a, b) => `${px(x + u - a)} ${px(y + v - b)}`;
+  return `M${px(x)} ${px(y)}L${to(0, 0)}M${to(p + .6 * q, q - .6 * p)}L${to(0, 0)}L${to(p - .6 * q, q + .6 * p)}`;
 }
 
 // == 5. Balance: forces on classes from head to tail, under two losses, or over the epochs of runs ==
@@ -676,8 +668,6 @@ class Balance extends Explorer {
 }
 
 // == 6. Doors: a page's element, and a notebook's widget ==
-const KINDS = {conflict: Conflict, balance: Balance};
-
 function mount(el, kind, state, told = {}) {
   el.classList.add("acl-live");
   if (!el.querySelector("style")) el.prepend(h("style", {}, STYLE));
@@ -689,7 +679,7 @@ function mount(el, kind, state, told = {}) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", ink);
   const themes = new MutationObserver(ink);
   for (const node of [document.documentElement, document.body]) themes.observe(node, {attributes: true});
-  return el.explorer = new KINDS[kind](place, state, {state() {}, balance() {}, ...told});
+  return el.explorer = new {conflict: Conflict, balance: Balance}[kind](place, state, {state() {}, balance() {}, ...told});
 }
 
 // In a page, the address holds the state.

@@ -49,10 +49,11 @@ def _json(value):
 def live_page(
     kind:str,    # conflict | balance
     state:dict,  # what it shows at the start, plain numbers
+    name=None,   # of the element; None: one that no other explorer of this process has
 ) -> str:        # HTML
     "An explorer as a piece of a page, complete in itself."
     require(kind in ("conflict", "balance"), "`kind` must be conflict or balance", repr(kind))
-    name = f"acl-{kind}-{next(_numbers)}"
+    name = name or f"acl-{kind}-{next(_numbers)}"
     start = f'aclLive.page(document.getElementById("{name}"), "{kind}", {_json(state)});'
     told = "<noscript>An explorer stands here, which needs JavaScript.</noscript>"
     return f'<div id="{name}">{told}</div>\n<script>{live_script()}\n{start}</script>'

@@ -107,8 +107,7 @@ def set_batch(self:Explorer,
     batch = batch_state(z, labels, centers, counts)
     if self.kind == "balance":
         return self.change(batch=batch | {"name": name}, geometry="own")
-    drawable = batch["dim"] in (2, 3)
-    require(drawable, "a circle or a sphere takes embeddings of 2 or 3 dimensions", batch["dim"])
+    require(batch["dim"] in (2, 3), "a circle or a sphere takes embeddings of 2 or 3 dimensions", batch["dim"])
     require(max(batch["labels"]) < 4, "the conflict explorer takes at most 4 classes")
     c, z = batch.pop("centers"), batch.pop("z")
     self.change(**batch, z=[z, z], c=[c, c], views=self.views, chosen=0, steps=0)
