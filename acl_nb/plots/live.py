@@ -66,7 +66,7 @@ def film_of_run(
     counts:list,       # [C] training images of each class
     rows:list,         # of `Run.balance`
     most:int=3000,     # numbers that the film may hold
-):                     # dict of name, counts, epochs, frames; None where nothing was measured, or one epoch is too much
+):                     # dict of name, counts, epochs, frames; None: not probed, or too many classes
     "What acted on the classes over the epochs of a run, small enough for a page."
     fitting = most // (3 * max(1, len(counts)))
     if not rows or fitting < 1: return None
@@ -75,4 +75,5 @@ def film_of_run(
     names = "attraction", "wrong_way", "repulsion"
     frames = [{part: _three_digits(row["balance"][part]) for part in names}
               | {"conflict": row["balance"]["conflict_rate"]} for row in kept]
-    return {"name": name, "counts": list(counts), "epochs": [row["epoch"] for row in kept], "frames": frames}
+    epochs = [row["epoch"] for row in kept]
+    return {"name": name, "counts": list(counts), "epochs": epochs, "frames": frames}

@@ -8,7 +8,8 @@ __all__ = ['Batch', 'balance_explorer', 'balance_numbers', 'made_batch', 'run_ba
 
 # %% ../../nbs/630_widgets.ipynb #4dd4ee2a
 from ..plots.live import LIVE_LOSSES
-from .balance import Batch, balance_explorer, balance_numbers, made_batch, run_batch, run_explorer
+from .balance import Batch, balance_explorer, balance_numbers
+from .balance import made_batch, run_batch, run_explorer
 from .conflict import conflict_explorer, conflict_numbers
 from .live import Explorer
 from .pages import count_figure, count_numbers, views_figure

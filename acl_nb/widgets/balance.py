@@ -33,7 +33,7 @@ class Batch:
         counts:torch.Tensor,   # [C] training images of each class
     ):
         self.z, self.labels, self.centers, self.counts = z, labels, centers, counts
-        self.joined = contrast(z, labels, 1., centers)      # at temperature 1; the centres are the last C keys
+        self.joined = contrast(z, labels, 1., centers)      # at temperature 1; the last C keys are centres
 
     def pairs(self,
         centers:bool=True,  # are the centres keys?
@@ -44,7 +44,8 @@ class Batch:
                                negative=joined.negative[:, :n], key_labels=joined.key_labels[:n])
 
 # %% ../../nbs/610_widgets.balance.ipynb #bb9b2b7d
-GEOMETRY = {"random": (0, 1, .5), "half-trained": (1, 1, .5), "collapsed": (1, 0, 0)}   # weights of class, image and view
+# Weights of class, image and view.
+GEOMETRY = {"random": (0, 1, .5), "half-trained": (1, 1, .5), "collapsed": (1, 0, 0)}
 
 def made_batch(
     views:int=2,                  # V
@@ -62,7 +63,8 @@ def made_batch(
     noise = lambda *shape: torch.randn(*shape, D, generator=g) / D**.5
     counts = class_counts(classes, 500, imbalance)
     centers = F.normalize(noise(classes), dim=-1)
-    labels = torch.multinomial(counts.double(), batch_size, replacement=True, generator=g).sort().values
+    drawn = torch.multinomial(counts.double(), batch_size, replacement=True, generator=g)
+    labels = drawn.sort().values
     image = of_class * centers[labels] + of_image * noise(batch_size)
     z = F.normalize(image[:, None] + of_view * noise(batch_size, views), dim=-1)
     return Batch(z, labels, centers, counts)
@@ -95,9 +97,10 @@ def run_batch(
     out = network(parts.views(images, positions, 0))
     z = F.normalize(out.z.float(), dim=-1)
     counts = parts.data.counts
-    if out.centers is not None: return Batch(z, labels, F.normalize(out.centers.float(), dim=-1), counts)
-    means = class_means(z.flatten(0, 1), labels.repeat_interleave(z.shape[1]), len(counts))
-    return Batch(z, labels, means, counts)
+    if out.centers is None:
+        centers = class_means(z.flatten(0, 1), labels.repeat_interleave(z.shape[1]), len(counts))
+    else: centers = F.normalize(out.centers.float(), dim=-1)
+    return Batch(z, labels, centers, counts)
 
 # %% ../../nbs/610_widgets.balance.ipynb #894d3389
 FORCES = ("attraction", "wrong_way", "repulsion")
@@ -111,7 +114,8 @@ def _pairs(batch, loss, temperature, aligned, centers, negatives):
     if loss == "paco":
         cosines = batch.joined.sim[:, len(batch.joined.sim):]
         return gradients_of_pairs("paco", batch.pairs(False), logits=cosines / temperature, **kw)
-    return gradients_of_pairs(loss, batch.pairs(centers), aligned=aligned, negatives=negatives, **kw)
+    kw |= {"aligned": aligned, "negatives": negatives}
+    return gradients_of_pairs(loss, batch.pairs(centers), **kw)
 
 # %% ../../nbs/610_widgets.balance.ipynb #d0805b25
 def balance_numbers(
@@ -121,8 +125,8 @@ def balance_numbers(
     aligned:bool=True,        # ACL's first switch
     centers:bool=True,        # ACL's second
     negatives:str="batch",    # ACL's third: batch | prior | adjusted | none
-) -> dict:                    # attraction, wrong_way, repulsion, ratio: [C]; conflict, spread, taken_back: numbers; unattracted: classes
-    "The forces on every class, and a few numbers for all."
+) -> dict:                    # attraction, wrong_way, repulsion, ratio: [C]; numbers for all
+    "The forces on every class; conflict, spread, taken_back and unattracted classes of the batch."
     pairs = _pairs(batch, loss, temperature, aligned, centers, negatives)
     b = class_balance(pairs, len(batch.counts))
     both = (b["attraction"] > 0) & (b["repulsion"] > 0)
@@ -141,8 +145,8 @@ def _geometry(run, views, batch_size, seed):
     return (own.z, own.labels, own.centers, own.counts), f"run {run.path.name}"
 
 def balance_explorer(
-    run=None,                     # a run folder or `Run`: its own embeddings become one of the geometries
-    left="SCL",                   # a key of `LIVE_LOSSES`, or a dict of loss, aligned, centers, negatives
+    run=None,                     # a run folder or `Run`: its embeddings become one of the geometries
+    left="SCL",                   # a key of `LIVE_LOSSES`, or a dict with ACL's switches
     right="ACL",                  # another
     views:int=2,                  # V
     batch_size:int=64,            # B, images
@@ -154,8 +158,9 @@ def balance_explorer(
 ) -> Explorer:
     "Attraction against repulsion, class by class, under two losses."
     choose(geometry, GEOMETRY, "geometry")
-    explorer = Explorer("balance", loss=[live_side(left), live_side(right)], views=views, images=batch_size,
-                        classes=classes, imbalance=imbalance, geometry=geometry, temperature=temperature, seed=seed)
+    batch = dict(views=views, images=batch_size, classes=classes, imbalance=imbalance, seed=seed)
+    explorer = Explorer("balance", loss=[live_side(left), live_side(right)], **batch,
+                        geometry=geometry, temperature=temperature)
     if run is not None:
         points, name = _geometry(run, views, batch_size, seed)
         explorer.set_batch(*points, name=name)
@@ -167,10 +172,14 @@ def run_explorer(
     most:int=30_000,  # numbers that the film of a run may hold
 ) -> Explorer:
     "What acted on the classes, epoch for epoch, of one run or several."
-    runs = [run if isinstance(run, Run) else Run(run) for run in (runs if isinstance(runs, (list, tuple)) else [runs])]
-    films = [film_of_run(run.path.name, run.env["data"]["counts"], run.balance, most) for run in runs]
+    several = runs if isinstance(runs, (list, tuple)) else [runs]
+    films = []
+    for run in several:
+        run = run if isinstance(run, Run) else Run(run)
+        films.append(film_of_run(run.path.name, run.env["data"]["counts"], run.balance, most))
     probed = [film for film in films if film]
-    require(probed, "a run must have been probed to be shown", f"{len(runs)} without a probe that fits")
+    rule = "a run must have been probed to be shown"
+    require(probed, rule, f"{len(films)} without a probe that fits")
     same = len({tuple(film["epochs"]) for film in probed}) == 1
     require(same, "runs side by side must have been probed in the same epochs")
     return Explorer("balance", film=probed)

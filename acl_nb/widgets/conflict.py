@@ -39,7 +39,7 @@ def conflict_numbers(
     image_angle:float=60,      # of the other images
     negative_angle:float=140,  # of the negatives
     temperature:float=0.3,     # > 0
-) -> dict:                     # angle, kind, q, scl, acl: a list each, a place per key; target: 1/|P|, nan without a positive
+) -> dict:                     # angle, kind, q, scl, acl: a place per key; target: 1/|P| or nan
     "Shares and net coefficients of one anchor's keys."
     enough = min(views - 1, images, negatives) >= 0
     rule = "`views` must be at least 1, `images` and `negatives` at least 0"
@@ -58,10 +58,10 @@ def conflict_numbers(
             "target": 1 / n_pos if n_pos else math.nan}
 
 # %% ../../nbs/620_widgets.conflict.ipynb #505b3da2
-STARTS = dict.fromkeys(("one anchor", "two classes", "four classes", "long tail"))    # by their names in the page
+STARTS = dict.fromkeys(("one anchor", "two classes", "four classes", "long tail"))
 
 def conflict_explorer(
-    left="SCL",              # a key of `LIVE_LOSSES`, or a dict of loss, aligned, centers, negatives
+    left="SCL",              # a key of `LIVE_LOSSES`, or a dict with ACL's switches
     right="ACL",             # another
     start:str="one anchor",  # one anchor | two classes | four classes | long tail
     on:str="circle",         # circle | sphere

@@ -56,7 +56,7 @@ class Explorer(anywidget.AnyWidget):
         return live_page(self.kind, self.state)
 
     def show(self):
-        "Display the explorer as a piece of a page, which needs no kernel and is kept with the notebook."
+        "Display the explorer as a piece of a page, which needs no kernel."
         from IPython.display import display
         display({"text/html": self.page(), "text/plain": repr(self)}, raw=True)
 
@@ -86,13 +86,13 @@ def batch_state(
             f"{list(z.shape)} and {list(labels.shape)}")
     flat, y = z.detach().cpu().double().flatten(0, 1), labels.cpu().repeat_interleave(z.shape[1])
     n_classes = int(y.max()) + 1 if centers is None else len(centers)
-    centers = class_means(flat, y, n_classes) if centers is None else centers.detach().cpu().double()
+    if centers is None: centers = class_means(flat, y, n_classes)
     keys = len(flat) + len(centers)
     require(keys <= _MOST, f"an explorer takes at most {_MOST:,} keys", f"{keys:,}")
     counts = y.bincount(minlength=n_classes).clamp_min(1) if counts is None else counts
     return {"z": flat.flatten().tolist(), "dim": z.shape[-1], "labels": y.tolist(),
             "image": torch.arange(len(z)).repeat_interleave(z.shape[1]).tolist(),
-            "centers": centers.flatten().tolist(), "counts": [int(n) for n in counts]}
+            "centers": centers.detach().flatten().tolist(), "counts": [int(n) for n in counts]}
 
 # %% ../../nbs/600_widgets.live.ipynb #75e3c5b6
 @patch
@@ -107,13 +107,14 @@ def set_batch(self:Explorer,
     batch = batch_state(z, labels, centers, counts)
     if self.kind == "balance":
         return self.change(batch=batch | {"name": name}, geometry="own")
-    require(batch["dim"] in (2, 3), "a circle or a sphere takes embeddings of 2 or 3 dimensions", batch["dim"])
+    dim = batch["dim"]
+    require(dim in (2, 3), "a circle or a sphere takes embeddings of 2 or 3 dimensions", dim)
     require(max(batch["labels"]) < 4, "the conflict explorer takes at most 4 classes")
     c, z = batch.pop("centers"), batch.pop("z")
     self.change(**batch, z=[z, z], c=[c, c], views=self.views, chosen=0, steps=0)
 
 @patch(as_prop=True)
-def points(self:Explorer): # [N, D] of the left side, views of an image in a row; None before it is drawn
+def points(self:Explorer): # [N, D] of the left side, image by image; None before it is drawn
     "The points of a conflict explorer, as they were moved."
     if "z" not in self.state: return None
     return torch.tensor(self.state["z"][0], dtype=torch.float64).view(-1, self.state["dim"])

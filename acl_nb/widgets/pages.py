@@ -14,28 +14,30 @@ from sklearn.datasets import load_sample_image
 
 from ..checks import require
 from ..counts import class_counts, shot_groups
-from ..plots import ATTRACTION, GROUP_SHADES, LOG_TICKS, NEUTRAL, REPULSION, plot_images, show, styled
+from ..plots import ATTRACTION, GROUP_SHADES, LOG_TICKS, NEUTRAL, REPULSION
+from ..plots import plot_images, show, styled
 from ..views import ViewPipeline
 from ..views.policies import POLICIES
 
 # %% ../../nbs/625_widgets.pages.ipynb #9e7c445c
 def count_numbers(
     kind:str="exp",         # exp | step | balanced
-    imbalance:float=100,    # IF; above `n_max` there would be an empty class, so `n_max` is its limit here
+    imbalance:float=100,    # IF; at most `n_max`, or a class would be empty
     classes:int=100,        # C
     n_max:int=500,          # images of the largest class
     views:int=2,            # V
     batch_size:int=256,     # B, images
     many:int=100,           # a class with more is "many"
     few:int=20,             # a class with fewer is "few"
-) -> dict:                  # counts, keys: [C]; groups: sizes by name; absent: expected number of classes without an image in the batch
+) -> dict:                  # counts, keys: [C]; groups: sizes by name; absent: classes expected without an image
     "A long tail and its expected share of a batch."
     steepest = n_max * (1 - 1e-9) if n_max > 1 else 1
     counts = class_counts(classes, n_max, min(imbalance, steepest), kind)
     share = counts.double() / counts.sum()
     absent = ((1 - share) ** batch_size).sum().item()
     groups = {name: len(ids) for name, ids in shot_groups(counts, many, few).items()}
-    return {"counts": counts, "keys": views * batch_size * share, "absent": absent, "groups": groups}
+    keys = views * batch_size * share
+    return {"counts": counts, "keys": keys, "absent": absent, "groups": groups}
 
 # %% ../../nbs/625_widgets.pages.ipynb #c8561197
 def _group_shapes(groups):
@@ -43,8 +45,9 @@ def _group_shapes(groups):
     shapes, start = [], -.5
     for name, size in groups.items():
         for axis in ("", "2"):
-            shapes.append(dict(type="rect", xref=f"x{axis}", yref=f"y{axis} domain", x0=start, x1=start + size,
-                               y0=0, y1=1, fillcolor=GROUP_SHADES[name], line_width=0, layer="below"))
+            place = dict(xref=f"x{axis}", yref=f"y{axis} domain", x0=start, x1=start + size, y0=0, y1=1)
+            look = dict(fillcolor=GROUP_SHADES[name], line_width=0, layer="below")
+            shapes.append(dict(type="rect", **place, **look))
         start += size
     return shapes
 
@@ -53,15 +56,16 @@ def _count_state(n):
     classes, big = list(range(len(n["counts"]))), "<span style='font-size:18px'>{}</span>"
     text = [f"class {j}, {images} images" for j, images in enumerate(n["counts"].tolist())]
     names = ", ".join(f"{group} {size}" for group, size in n["groups"].items())
-    head = (f"{big.format(format(int(n['counts'].sum()), ','))} images in {len(classes)} classes ({names})<br>"
-            f"{big.format(format(n['absent'], '.1f'))} classes absent from a batch, on average")
+    images, absent = big.format(f"{n['counts'].sum():,}"), big.format(f"{n['absent']:.1f}")
+    head = (f"{images} images in {len(classes)} classes ({names})<br>"
+            f"{absent} classes absent from a batch, on average")
     lines = [{"x": classes, "y": y.tolist(), "customdata": text}
              for y in (n["counts"], n["keys"], n["keys"] + 1)]
     return lines, {"annotations[0].text": head, "shapes": _group_shapes(n["groups"])}
 
 # %% ../../nbs/625_widgets.pages.ipynb #e3d2292d
 def _with_slider(fig, name, values, states):
-    "A slider in the page itself; each position holds what it overwrites in the traces and in the layout."
+    "A slider in the page; each position holds what it overwrites."
     steps = []
     for value, (lines, layout) in zip(values, states):
         data = {key: [line[key] for line in lines] for key in ("x", "y", "customdata")}
@@ -82,12 +86,13 @@ def count_figure(
     (counts, keys, joined), layout = states[0]
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.06,
                         subplot_titles=[layout["annotations[0].text"]])
-    hover = "%{customdata}: %{y:,.3g}<extra></extra>"
-    fig.add_trace(go.Bar(**counts, marker_color=NEUTRAL, name="training images", hovertemplate=hover), 1, 1)
-    fig.add_trace(go.Scatter(**keys, line_color=REPULSION, name="keys in a batch", hovertemplate=hover), 2, 1)
+    fig.add_trace(go.Bar(**counts, marker_color=NEUTRAL, name="training images"), 1, 1)
+    fig.add_trace(go.Scatter(**keys, line_color=REPULSION, name="keys in a batch"), 2, 1)
     dashed = dict(color=ATTRACTION, dash="dash")
-    fig.add_trace(go.Scatter(**joined, line=dashed, name="with its centre", hovertemplate=hover), 2, 1)
-    styled(fig, height=500).update_layout(shapes=layout["shapes"], bargap=.1, margin_t=80, legend_y=-.13)
+    fig.add_trace(go.Scatter(**joined, line=dashed, name="with its centre"), 2, 1)
+    fig.update_traces(hovertemplate="%{customdata}: %{y:,.3g}<extra></extra>")
+    styled(fig, height=500)
+    fig.update_layout(shapes=layout["shapes"], bargap=.1, margin_t=80, legend_y=-.13)
     fig.update_yaxes(type="log", tickvals=LOG_TICKS).update_annotations(font_size=14)
     fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2)
     fig.update_xaxes(title="classes, head → tail", row=2)
@@ -113,10 +118,12 @@ def views_figure(
     "The views of one image, a row per policy."
     image = sample_image() if image is None else image
     channels, height, width = image.shape if image.ndim == 3 else (0, 0, 0)
-    require(channels in (1, 3) and height == width, "`image` must be [1 or 3, S, S]", list(image.shape))
+    square = channels in (1, 3) and height == width
+    require(square, "`image` must be [1 or 3, S, S]", list(image.shape))
     require(views >= 1, "`views` must be at least 1", views)
     names = list(policies or [k for k, p in POLICIES.items() if channels == 3 or not p.colors])
     middle = (.5,) * channels
-    rows = [ViewPipeline([name] * views, width, middle, middle, seed)(image[None])[0] for name in names]
+    pipelines = [ViewPipeline([name] * views, width, middle, middle, seed) for name in names]
+    rows = [pipeline(image[None])[0] for pipeline in pipelines]
     shown = ((torch.cat(rows) * .5 + .5) * 255).round().clamp(0, 255).to(torch.uint8)
     return plot_images(shown, views, names, pixels=pixels)
