@@ -16,7 +16,7 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], keywords=cfg["keywords"].split(),
     license="Apache-2.0", license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), package_data={"": ["*.js"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("dev", "tensorboard", "trackio", "wandb", "timm", "peft", "torchcodec", "hub", "onnx")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
