@@ -56,9 +56,10 @@ wheels: $(NEEDS) ## into .wheels/: what a machine with torch and no network lack
 lab: $(NEEDS) ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-docs: $(NEEDS) ## the site, in _docs/
+docs: $(NEEDS) ## the site, in _docs/, with each page as Markdown and llms.txt
 	rm -rf _docs _proc
 	PATH="$(SITE)$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_docs
+	$(BIN)/python .ci/llms.py
 
 readme: $(NEEDS) ## README.md from nbs/index.ipynb
 	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_readme

@@ -1,4 +1,4 @@
-"""How the site shows a symbol: nbdev's way, with what that leaves out (`renderer` in settings.ini; `make docs` puts this folder on the path)."""
+"""What the site adds to nbdev's pages (`make docs` puts this folder on the path): how a symbol is shown (`renderer` in settings.ini), and how a tutorial is run elsewhere (`procs`)."""
 import ast
 import inspect
 import re
@@ -6,8 +6,10 @@ from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 
+from execnb.nbio import mk_cell
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, patch_name
+from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 
 @cache
@@ -52,3 +54,14 @@ class Renderer(BasicMarkdownRenderer):
         signature = self.signature()
         kept = '{.python code-overflow="scroll"}' if signature.startswith("class") else "python"        # fields stand in columns
         return f"---\n\n{source}{heading}\n\n```{kept}\n{signature}\n```{said}"
+
+COLAB = "https://colab.research.google.com/github/"
+
+class Badge(Processor):
+    "On a tutorial's page, a link that opens its notebook in Colab; the notebook's first cell installs the package there."
+    def end(self):
+        cfg = get_config()
+        path = Path(self.nb.path_).resolve().relative_to(cfg.config_path.resolve())
+        if path.parent.name != "tutorials": return
+        where = f"{COLAB}{cfg.git_url.removeprefix('https://github.com/')}/blob/{cfg.branch}/{path.as_posix()}"
+        self.nb.cells.insert(1, mk_cell(f"[Open in Colab]({where}){{.btn .btn-outline-primary .btn-sm}}", "markdown"))

@@ -29,8 +29,9 @@ def site(tmp_path_factory):
     for name in ("settings.ini", "setup.py", "README.md", "_quarto.yml"): shutil.copy(ROOT/name, to)
     for name in ("acl_nb", "nbs", ".ci"): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns("__pycache__", "runs", ".ipynb_checkpoints"))
     path = f"{to/'.ci/bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for command in ("nbdev_docs", "nbdev_readme"):                      # the second takes what the first has prepared
-        done = subprocess.run([command], cwd=to, env={**os.environ, "PATH": path, "PYTHONPATH": f"{to}{os.pathsep}{to/'.ci'}", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    env = {**os.environ, "PATH": path, "PYTHONPATH": f"{to}{os.pathsep}{to/'.ci'}", "OMP_NUM_THREADS": "1"}
+    for command in (["nbdev_docs"], [sys.executable, ".ci/llms.py"], ["nbdev_readme"]):     # what the first prepares, the others take
+        done = subprocess.run(command, cwd=to, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return to/"_docs"
 
@@ -65,6 +66,37 @@ def test_every_notebook_is_a_page_and_in_the_sidebar(site, pages):
     index = (site/"index.html").read_text(encoding="utf-8")
     sidebar = index[index.index('id="quarto-sidebar"'):index.index("</nav>", index.index('id="quarto-sidebar"'))]
     assert not [n for n in names if f'{n}"' not in sidebar]
+    assert re.findall(r'href="[./]*(\w+/\w+\.html)', sidebar)[0] == "tutorials/quick_start.html"
+
+def test_llms_txt_describes_every_page_in_the_sidebars_order(site, pages):
+    text = (site/"llms.txt").read_text(encoding="utf-8")
+    assert text.startswith(f"# {CFG.title}\n\n> {CFG.description}\n")
+    listed = re.findall(r"^- \[[^\]]+\]\(([^)]+)\): \S", text, re.M)
+    assert len(listed) == text.count("\n- ")
+    assert sorted(listed) == sorted(f"{path.relative_to(site).as_posix()}.md" for path in pages)
+    assert listed[:2] == ["index.html.md", "tutorials/quick_start.html.md"]
+
+def test_the_markdown_of_a_page_is_text_with_links_to_other_markdown(site, pages):
+    broken = []
+    for path in pages:
+        text = path.with_name(f"{path.name}.md").read_text(encoding="utf-8")
+        assert text.startswith("# ") and "<script" not in text and len(text) < 100_000, path.name
+        prose = re.sub(r"(?ms)^```.*?^```|^ {4}.*?$|`[^`\n]*`", "", text)
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            url = urlsplit(link)
+            inside = not url.scheme and not link.startswith("#")
+            if inside and (url.path.endswith(".html") or not (path.parent/unquote(url.path)).exists()):
+                broken.append((path.name, link))
+    assert not broken
+
+def test_a_tutorial_opens_in_colab_and_installs_the_package_there(pages):
+    start = f"https://colab.research.google.com/github/{CFG.user}/{CFG.repo}/blob/{CFG.branch}/"
+    opened = {ref.removeprefix(start) for page in pages.values() for ref in page.refs if "colab." in ref}
+    assert opened == {path.relative_to(ROOT).as_posix() for path in (ROOT/"nbs/tutorials").glob("*.ipynb")}
+    for path in opened:
+        cells = json.loads((ROOT/path).read_text(encoding="utf-8"))["cells"]
+        first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert f"%pip install --quiet git+{CFG.git_url}" in first.splitlines()[-1], path
 
 def test_no_link_anchor_or_image_is_broken(site, pages):
     broken = []
