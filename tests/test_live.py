@@ -17,6 +17,9 @@ import torch.nn.functional as F
 
 from acl_nb.gradients import class_balance, pair_gradients
 from acl_nb.plots.live import live_page, live_side
+from acl_nb.probes import Probe
+from acl_nb.recipes import recipe
+from acl_nb.trainer import fit
 from browsers import SHOTS, browser, needs_browser, new_page
 
 pytestmark = needs_browser
@@ -281,7 +284,7 @@ def jupyterlab(folder):
 
 CELLS = ["from acl_nb.widgets import conflict_explorer\nexplorer = conflict_explorer()\nexplorer",
          "print('points', [[round(x, 3) for x in p] for p in explorer.points.tolist()][2], explorer.views, explorer.temperature, explorer.loss, [round(sum(side['wrong_way']), 6) > 0 for side in explorer.balance])",
-         "explorer.temperature = 0.1\nexplorer.loss = 'SCL', 'ACL, adjusted'",
+         "explorer.temperature = 0.1\nexplorer.loss = 'SCL', 'ACL, adjusted'\nexplorer.views = 4",
          "explorer.show()"]
 
 def test_jupyterlab(tmp_path, chromium):
@@ -311,9 +314,31 @@ def test_jupyterlab(tmp_path, chromium):
         assert abs(x) < .07 and abs(y + 1) < .01 and "[True, True]" in said and "'bcl'" in said       # as it was left by `play`
         run_cell(2)
         page.wait_for_function(f"() => {{ const s = ({STATE})(); return s.temperature === .1 && s.loss[1].negatives === 'adjusted'; }}")
-        assert abs(angle(page.evaluate(STATE), 2) + 90) < 4                              # the points stayed
+        state = page.evaluate(STATE)
+        assert len(state["labels"]) == 4 * len(set(state["image"])) and state["views"] == 4
+        assert any(abs(angle(state, i) + 90) < 4 for i in range(len(state["labels"])))   # the points stayed
         run_cell(3)
         cells.nth(3).locator(".acl-live svg").first.wait_for(timeout=20_000)
         SHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SHOTS/"live-jupyterlab.png")
         assert not outside
+
+# ---- the report and the site ----
+
+def test_a_report_has_its_film_and_grows_little(chromium, tmp_path):
+    out = tmp_path/"run"
+    r = recipe("digits_lt", epochs=2, n_max=40, imbalance=4)
+    run = fit(r, out, quiet=True, callbacks=[Probe(r, 1)])
+    html = (out/"report.html").read_text(encoding="utf-8")
+    film = html[html.index('<div id="film">'):html.index("</script>", html.index("aclLive.page("))]
+    assert len(film.encode()) < 60_000 and html.count("aclLive ||=") == 1
+    page, said = opened(chromium, (out/"report.html").as_uri())
+    root = page.locator("#film")
+    counts = page.evaluate("() => document.querySelector('#film').explorer.s.film[0].counts")
+    last = run.balance[-1]["balance"]
+    shown = root.locator(".said").inner_text()
+    assert counts == run.env["data"]["counts"] and shown.startswith(f"{round(100 * last['conflict_rate'])} %")
+    root.get_by_label(re.compile("^epoch")).focus()
+    page.keyboard.press("ArrowLeft")
+    first = run.balance[0]["balance"]
+    assert root.locator(".said").inner_text().startswith(f"{round(100 * first['conflict_rate'])} %") and not said

@@ -17,6 +17,7 @@ import pytest
 from nbdev.config import get_config
 
 from browsers import SHOTS, browser, needs_browser, new_page
+from test_live import opened, play
 
 ROOT = Path(__file__).parents[1]
 CFG = get_config(path=ROOT)
@@ -151,3 +152,11 @@ def test_every_page_opens_with_its_figures_drawn(site, pages):
         wide = page.evaluate("document.documentElement.scrollWidth")
     server.shutdown()
     assert not errors and not bare and not outside and moved and wide <= 390
+
+@needs_browser
+def test_the_sites_explorer_under_a_hand(site):
+    with browser() as chromium:
+        page, said = opened(chromium, (site/"widgets.conflict.html").as_uri())
+        play(page, page.locator(".acl-live").first)
+        page.screenshot(path=SHOTS/"live-site.png")
+    assert not said

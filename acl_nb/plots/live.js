@@ -308,7 +308,7 @@ function startOf({start = "one anchor", dim = 2, views = 2}) {
   return {labels, image, z: unit(z, dim)};
 }
 
-function centersOf(z, labels, dim, classes) {  // normalised class means; a class without a point gets a direction of its own
+function centersOf(z, labels, dim, classes) {  // normalised class means
   const sums = new Float64Array(classes * dim);
   for (let y = 0; y < classes; y++) if (!labels.includes(y)) sums[y * dim] = Math.cos(y * 2), sums[y * dim + 1] = Math.sin(y * 2);
   labels.forEach((y, i) => { for (let d = 0; d < dim; d++) sums[y * dim + d] += z[i * dim + d]; });
@@ -320,8 +320,8 @@ class Conflict extends Explorer {
     super();
     this.el = el; this.told = told; this.view = [.6, .35];
     this.s = {start: "one anchor", dim: 2, views: 2, temperature: .3, loss: [{loss: "scl"}, {loss: "acl"}], chosen: 0, steps: 0, ...state};
-    if (!this.s.z) this.restart(); else this.adopt();
-    this.build();
+    this.s.z ? this.adopt() : this.restart();
+    if (this.images()[0].at.length !== this.s.views) this.setViews(this.s.views); else this.build();
   }
   restart() {
     const {labels, image, z} = startOf(this.s);
@@ -630,7 +630,7 @@ class Balance extends Explorer {
       return {j, count, attraction, wrong_way, repulsion, ratio: attraction > 0 && repulsion > 0 ? attraction / repulsion : NaN};
     }));
     this.order = rows[0].map((n) => n.j).sort((a, b) => SORTS[s.sort](rows[0][a]) - SORTS[s.sort](rows[0][b]) || a - b);
-    const up = Math.max(1e-12, ...rows.flat().map((n) => n.attraction)), down = Math.max(1e-12, ...rows.flat().map((n) => n.wrong_way + n.repulsion));
+    const most = (of) => Math.max(1e-12, ...rows.flat().map(of)), up = most((n) => n.attraction), down = most((n) => n.wrong_way + n.repulsion);
     this.panels.forEach((panel, k) => this.chart(panel, rows[k], sums[k], 400 / C, 168 / (up + down), 8 + 168 * up / (up + down)));
     this.report(sums);
     if (this.table.parentNode.open) this.list(rows);

@@ -31,6 +31,14 @@ def _anchor_row(loss, z, labels, temperature, **kw):
     anchors = pairs.positive.any(1).sum()
     return (pairs.coef[0, 1:] * anchors).tolist(), pairs.prob[0, 1:].tolist()
 
+def _keys(groups):
+    "Angle and kind of every key; the batch of the anchor and its keys."
+    angle = [a for _, n, first, step in groups for a in group_angles(n, first, step)]
+    kind = [name for name, n, _, _ in groups for _ in range(n)]
+    radians = torch.tensor([0., *angle], dtype=torch.float64).deg2rad()
+    z = torch.stack([radians.cos(), radians.sin()], 1)[:, None]
+    return angle, kind, z, torch.tensor([0] + [k == "negative" for k in kind]).long()
+
 def conflict_numbers(
     views:int=3,               # of the anchor's image, itself included: views - 1 positives
     images:int=2,              # other images of its class, a positive each
@@ -46,11 +54,7 @@ def conflict_numbers(
     require(enough, rule, f"{views}, {images}, {negatives}")
     groups = [("view", views - 1, view_angle, 7), ("image", images, image_angle, 10),
               ("negative", negatives, negative_angle, 20)]
-    angle = [a for _, n, first, step in groups for a in group_angles(n, first, step)]
-    kind = [name for name, n, _, _ in groups for _ in range(n)]
-    radians = torch.tensor([0., *angle], dtype=torch.float64).deg2rad()
-    z = torch.stack([radians.cos(), radians.sin()], 1)[:, None]
-    labels = torch.tensor([0] + [k == "negative" for k in kind]).long()
+    angle, kind, z, labels = _keys(groups)
     scl, q = _anchor_row("scl", z, labels, temperature)
     acl, _ = _anchor_row("acl", z, labels, temperature, negatives="none")
     n_pos = views - 1 + images

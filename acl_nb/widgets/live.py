@@ -51,16 +51,19 @@ class Explorer(anywidget.AnyWidget):
     @loss.setter
     def loss(self, both): self.change(loss=[live_side(side) for side in both])
 
-    def page(self): # HTML
-        "The explorer as it stands, as a piece of a page."
-        return live_page(self.kind, self.state)
-
-    def show(self):
-        "Display the explorer as a piece of a page, which needs no kernel."
-        from IPython.display import display
-        display({"text/html": self.page(), "text/plain": repr(self)}, raw=True)
-
     def __repr__(self): return f"Explorer({self.kind!r})"
+
+# %% ../../nbs/600_widgets.live.ipynb #6a00e102
+@patch
+def page(self:Explorer): # HTML
+    "The explorer as it stands, as a piece of a page."
+    return live_page(self.kind, self.state)
+
+@patch
+def show(self:Explorer):
+    "Display the explorer as a piece of a page, which needs no kernel."
+    from IPython.display import display
+    display({"text/html": self.page(), "text/plain": repr(self)}, raw=True)
 
 # %% ../../nbs/600_widgets.live.ipynb #5a410f51
 _MOST = 2000    # keys of which a page can redraw all pairs while a hand moves
@@ -110,8 +113,8 @@ def set_batch(self:Explorer,
     dim = batch["dim"]
     require(dim in (2, 3), "a circle or a sphere takes embeddings of 2 or 3 dimensions", dim)
     require(max(batch["labels"]) < 4, "the conflict explorer takes at most 4 classes")
-    c, z = batch.pop("centers"), batch.pop("z")
-    self.change(**batch, z=[z, z], c=[c, c], views=self.views, chosen=0, steps=0)
+    c, points = batch.pop("centers"), batch.pop("z")
+    self.change(**batch, z=[points, points], c=[c, c], views=z.shape[1], chosen=0, steps=0)
 
 @patch(as_prop=True)
 def points(self:Explorer): # [N, D] of the left side, image by image; None before it is drawn
