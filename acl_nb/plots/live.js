@@ -138,7 +138,7 @@ function alongSphere(force, z, D) {  // what moves a point of unit length has no
 const row = (z, i, D) => z.subarray(i * D, (i + 1) * D);
 const rotated = (x, y, a) => [x * Math.cos(a) - y * Math.sin(a), x * Math.sin(a) + y * Math.cos(a)];
 
-function unit(list, D) {  // to length one
+function unit(list, D) {
   const z = Float64Array.from(list);
   for (let i = 0; i < z.length / D; i++) {
     const length = Math.sqrt(dot(z, i, z, i, D)) || 1;
@@ -351,7 +351,7 @@ class Conflict extends Explorer {
     const now = (what) => { Object.assign(s, what); this.draw(); this.tell(); };
     this.runs = button("run", () => this.run(), "gradient descent of points and centres, under each loss");
     this.fill(
-      key("filled: images; hollow: class centres; ringed: the chosen point"),
+      key("drag a point: images are filled, centres hollow, the chosen is ringed"),
       h("div", {class: "two"}, ...[0, 1].map((k) => h("div", {}, this.side(k), this.panels[k].svg, this.panels[k].said))),
       h("fieldset", {}, h("legend", {}, "points"),
         select("start", Object.keys(STARTS), s.start, (v) => redo({start: v})),
