@@ -312,6 +312,7 @@ def _check(name, data, decode, **unread):
     require(name, f"`name` must be given: check takes one of {', '.join(everything)}")
     for line in check_data(name, data, decode): print(line)
 
+# %% ../nbs/750_cli.ipynb #75ac0e01
 def _pack(name, data, out, side, quality, lossless, background, **unread):
     require(name, "`name` must be given: pack takes a benchmark, folder_lt or imagenet")
     out = out or f"packed/{name}"
@@ -322,7 +323,7 @@ def _pack(name, data, out, side, quality, lossless, background, **unread):
 
 def _glyphs(name, data, **unread): print(glyphs_report(user_path(data)/"glyphs"))
 
-def _emoji(data, packages, test, tones, **unread):
+def _emoji(name, data, packages, test, tones, **unread):
     folder = user_path(data)/"emoji"
     made = make_emoji(folder, packages, test, tones)
     print(f"{folder}: emoji of four vendors, {made['test']}'s to test on")

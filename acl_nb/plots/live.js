@@ -190,7 +190,7 @@ function madeBatch({views, images, classes, imbalance, geometry, seed, temperatu
 // == 3. Elements, colours, controls ==
 const STYLE = `.acl-live {
 --ink: #222; --paper: #fff; --faint: #8884; --pull: #0072B2; --push: #E69F00; --wrong: #D55E00; --c0: #009E73; --c1: #CC79A7; --c2: #56B4E9; --c3: #7F7F7F;
-color: var(--ink); font: 14px/1.45 system-ui, sans-serif; max-width: 960px; margin: 0 0 1rem; font-variant-numeric: tabular-nums;
+color: var(--ink); font: 14px/1.45 system-ui, sans-serif; max-width: 960px; font-variant-numeric: tabular-nums;
 &.dark {--ink: #e6e6e6; --paper: #1b1b1b; --pull: #4FA8DE; --push: #F0B429; --wrong: #F0733A}
 .two {display: grid; grid-template-columns: 1fr 1fr; gap: 4px 18px; @media (max-width: 520px) {grid-template-columns: 1fr}}
 svg {display: block; width: 100%; touch-action: none; user-select: none; overflow: visible; &.chart {touch-action: pan-y; &:focus {outline: 2px solid var(--faint)}}}
@@ -202,7 +202,7 @@ select, button {font: inherit; color: inherit; background: transparent; border: 
 option {color: #222; background: #fff}
 button {cursor: pointer; padding: 2px 8px; &.on {background: var(--pull); color: var(--paper)}}
 output {min-width: 2em}
-.said {min-height: 4.4em; @media (max-width: 520px) {min-height: 0}} b {font-size: 19px; white-space: nowrap}
+.said {min-height: 4.4em} b {font-size: 19px; white-space: nowrap}
 .key {display: flex; flex-wrap: wrap; gap: 2px 16px} i {display: inline-block; width: 18px; height: 4px; margin: 0 5px 3px 0; vertical-align: middle}
 g.point {cursor: grab; outline: none; &:focus-visible .halo {stroke-dasharray: 3 2}}
 table {border-collapse: collapse} td, th {padding: 1px 10px 1px 0; text-align: right}
@@ -223,7 +223,7 @@ function set(node, attributes) {  // what has changed
   const old = node.old ||= {};
   for (const name in attributes) if (old[name] !== attributes[name]) node.setAttribute(name, old[name] = attributes[name]);
 }
-const px = (v) => Math.round(1000 * v) / 10;  // of a circle of 100 pixels
+const px = (v) => Math.round(1000 * v) / 10;
 
 function select(label, options, value, told) {
   const box = h("select", {onchange: () => told(box.value)});
@@ -264,7 +264,7 @@ function lossControls(title, side, told) {
   return h("fieldset", {"aria-label": title}, select(title, Object.values(NAMES), NAMES[side.loss], (v) => told({loss: v.toLowerCase()})), ...acl);
 }
 
-class Explorer {  // its parts anew, and the hand of a keyboard where it was
+class Explorer {  // its parts anew, the focus where it was
   fill(...parts) {
     const all = () => [...this.el.querySelectorAll("select, input, button, .point, .chart")], at = all().indexOf(document.activeElement);
     this.el.replaceChildren(...parts);
@@ -501,7 +501,7 @@ class Conflict extends Explorer {
     }
     return sums.map((sum, n) => sum / pairs[n]);
   }
-  soon() {  // one drawing per frame, however many moves of a hand
+  soon() {  // one drawing per frame
     if (this.due) return;
     this.due = requestAnimationFrame(() => { this.due = null; this.draw(); });
   }
@@ -630,7 +630,9 @@ class Balance extends Explorer {
       return {j, count, attraction, wrong_way, repulsion, ratio: attraction > 0 && repulsion > 0 ? attraction / repulsion : NaN};
     }));
     this.order = rows[0].map((n) => n.j).sort((a, b) => SORTS[s.sort](rows[0][a]) - SORTS[s.sort](rows[0][b]) || a - b);
-    const most = (of) => Math.max(1e-12, ...rows.flat().map(of)), up = most((n) => n.attraction), down = most((n) => n.wrong_way + n.repulsion);
+    const all = s.film ? s.film.flatMap((run) => run.frames) : sums;  // a film has one scale
+    const most = (of) => Math.max(1e-12, ...all.flatMap((n) => range(C, (j) => of(n, j))));
+    const up = most((n, j) => n.attraction[j]), down = most((n, j) => n.wrong_way[j] + n.repulsion[j]);
     this.panels.forEach((panel, k) => this.chart(panel, rows[k], sums[k], 400 / C, 168 / (up + down), 8 + 168 * up / (up + down)));
     this.report(sums);
     if (this.table.parentNode.open) this.list(rows);

@@ -39,6 +39,7 @@ def _keys(groups):
     z = torch.stack([radians.cos(), radians.sin()], 1)[:, None]
     return angle, kind, z, torch.tensor([0] + [k == "negative" for k in kind]).long()
 
+# %% ../../nbs/620_widgets.conflict.ipynb #62ac0e01
 def conflict_numbers(
     views:int=3,               # of the anchor's image, itself included: views - 1 positives
     images:int=2,              # other images of its class, a positive each

@@ -32,14 +32,16 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(self,
         kind:str,  # conflict | balance
-        **state,   # what it shows at the start, by the names of the page's settings
+        **state,   # entries: what it shows at the start, by the names of the page's settings
     ):
         super().__init__(kind=kind, state=state)
 
     views = _entry("views", "V, views per image.")
     temperature = _entry("temperature", "Divides the similarities.")
 
-    def change(self, **entries):
+    def change(self,
+        **entries, # of the state
+    ):
         "Change entries of the state; the page follows."
         self.state = self.state | entries      # one that is altered in place would look unchanged
 
@@ -78,6 +80,7 @@ def class_means(
     there = labels.bincount(minlength=n_classes)[:, None] > 0
     return F.normalize(torch.where(there, sums, z.sum(0)), dim=-1)
 
+# %% ../../nbs/600_widgets.live.ipynb #60ac0e01
 def batch_state(
     z:torch.Tensor,             # [B, V, D] unit length
     labels:torch.Tensor,        # [B] in 0..C-1

@@ -64,6 +64,13 @@ def _count_state(n):
     return lines, {"annotations[0].text": head, "shapes": _group_shapes(n["groups"])}
 
 # %% ../../nbs/625_widgets.pages.ipynb #e3d2292d
+def _count_look(fig, shapes):
+    "Axes, groups and legend of the figure of counts."
+    styled(fig, height=500).update_layout(shapes=shapes, bargap=.1, margin_t=80, legend_y=-.13)
+    fig.update_yaxes(type="log", tickvals=LOG_TICKS).update_annotations(font_size=14)
+    fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2)
+    fig.update_xaxes(title="classes, head → tail", row=2)
+
 def _with_slider(fig, name, values, states):
     "A slider in the page; each position holds what it overwrites."
     steps = []
@@ -91,11 +98,7 @@ def count_figure(
     dashed = dict(color=ATTRACTION, dash="dash")
     fig.add_trace(go.Scatter(**joined, line=dashed, name="with its centre"), 2, 1)
     fig.update_traces(hovertemplate="%{customdata}: %{y:,.3g}<extra></extra>")
-    styled(fig, height=500)
-    fig.update_layout(shapes=layout["shapes"], bargap=.1, margin_t=80, legend_y=-.13)
-    fig.update_yaxes(type="log", tickvals=LOG_TICKS).update_annotations(font_size=14)
-    fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2)
-    fig.update_xaxes(title="classes, head → tail", row=2)
+    _count_look(fig, layout["shapes"])
     return _with_slider(fig, over, values, states) if over else fig
 
 # %% ../../nbs/625_widgets.pages.ipynb #747132b6
