@@ -223,6 +223,7 @@ def test_the_balance_of_a_batch_under_hands(chromium, tmp_path):
     chart.hover(position={"x": 5, "y": 80})
     assert "class 0," in root.locator(".said").first.inner_text()
     root.locator("summary").click()
+    root.locator("table tr").nth(50).wait_for()
     assert root.locator("table tr").count() == 51                                     # classes and a head, for a screen reader
     root.get_by_label("geometry").select_option("collapsed")
     assert shown()[0] == 0

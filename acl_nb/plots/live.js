@@ -15,22 +15,11 @@ const logSumExp = (values) => {
   return top + Math.log(sum);
 };
 
-const logPrior = (counts) => {
-  const total = counts.reduce((a, b) => a + b, 0);
-  return counts.map((n) => Math.log(n / total));
-};
-
-const wantsCenters = (side) => side.loss === "bcl" || side.loss === "paco" || (side.loss === "acl" && side.centers !== false);
-
-// Labels of the keys: every point, then every centre where the loss has them.
-function keysOf(batch, side) {
-  const joined = wantsCenters(side) && batch.centers;
-  const labels = Array.from(batch.labels);
-  if (joined) for (let c = 0; c < batch.centers.length / batch.dim; c++) labels.push(c);
-  const vectors = new Float64Array(labels.length * batch.dim);
-  vectors.set(batch.z);
-  if (joined) vectors.set(batch.centers, batch.z.length);
-  return {labels, vectors};
+// Every point is a key, and every centre where the loss has them.
+function keyLabels(batch, side) {
+  const {loss, centers = true} = side, wanted = loss === "acl" ? centers : loss !== "scl";
+  const joined = wanted && batch.centers ? batch.centers.length / batch.dim : 0;
+  return [...batch.labels, ...range(joined, (c) => c)];
 }
 
 function dot(a, i, b, k, D) {
@@ -39,11 +28,22 @@ function dot(a, i, b, k, D) {
   return sum;
 }
 
+// [N, N + C], shared by both sides and all temperatures.
+function cosines(batch) {
+  if (batch.cosines) return batch.cosines;
+  const {z, dim: D, centers: c} = batch, N = z.length / D, M = N + (c ? c.length / D : 0), made = new Float64Array(N * M);
+  for (let i = 0; i < N; i++) {
+    for (let k = 0; k <= i; k++) made[i * M + k] = made[k * M + i] = dot(z, i, z, k, D);
+    for (let k = N; k < M; k++) made[i * M + k] = dot(z, i, c, k - N, D);
+  }
+  return batch.cosines = made;
+}
+
 // What is added to a key's logit, as a positive and as a negative; how much it is wanted; what an anchor's class adds.
-function offsets(batch, keyLabels, side) {
-  const N = batch.labels.length, {loss, negatives = "batch", alpha = .05} = side, counts = new Map(), fill = (of) => Float64Array.from(keyLabels, of), zero = fill(() => 0);
-  for (const y of keyLabels) counts.set(y, (counts.get(y) || 0) + 1);
-  const prior = logPrior(batch.counts), apart = (more) => fill((y) => -Math.log(counts.get(y) - more));
+function offsets(batch, labels, side) {
+  const N = batch.labels.length, {loss, negatives = "batch", alpha = .05} = side, counts = new Map(), fill = (of) => Float64Array.from(labels, of), zero = fill(() => 0);
+  for (const y of labels) counts.set(y, (counts.get(y) || 0) + 1);
+  const total = batch.counts.reduce((a, b) => a + b, 0), prior = batch.counts.map((n) => Math.log(n / total)), apart = (more) => fill((y) => -Math.log(counts.get(y) - more));
   const made = {positive: zero, negative: zero, pull: fill(() => 1), row: () => 0};
   if (loss === "bcl") return {...made, positive: apart(1), negative: apart(0)};
   if (loss === "paco") {
@@ -54,21 +54,21 @@ function offsets(batch, keyLabels, side) {
   if (negatives === "batch") return {...made, negative: apart(0)};
   const mean = Math.log(prior.length) - logSumExp(prior.map((p) => -p));
   if (negatives === "prior") return {...made, negative: fill((y) => mean - prior[y])};
-  return {...made, negative: apart(0).map((w, k) => w + prior[keyLabels[k]]), row: (y) => -prior[y]};
+  return {...made, negative: apart(0).map((w, k) => w + prior[labels[k]]), row: (y) => -prior[y]};
 }
 
 // [N, K] derivatives of the batch loss: below 0 pulls together, above 0 pushes apart.
 function coefficients(batch, side) {
-  const {z, dim: D, labels, temperature} = batch, N = labels.length, keys = keysOf(batch, side), K = keys.labels.length;
-  const {positive, negative, pull, row} = offsets(batch, keys.labels, side), aligned = side.loss === "acl" && side.aligned !== false;
-  const coef = new Float64Array(N * K), s = new Float64Array(K), of = Int32Array.from(keys.labels);
+  const {labels, temperature} = batch, N = labels.length, keys = keyLabels(batch, side), K = keys.length;
+  const {positive, negative, pull, row} = offsets(batch, keys, side), aligned = side.loss === "acl" && side.aligned !== false;
+  const coef = new Float64Array(N * K), s = new Float64Array(K), of = Int32Array.from(keys), cos = cosines(batch), M = cos.length / N;
   let anchors = 0;
   for (let i = 0; i < N; i++) {
     const y = labels[i], more = row(y), at = i * K;
     let top = -Infinity, wanted = 0, positives = 0;
     for (let k = 0; k < K; k++) {
       const own = of[k] === y;
-      s[k] = dot(z, i, keys.vectors, k, D) / temperature + (own ? aligned ? 0 : positive[k] : negative[k] + more);
+      s[k] = cos[i * M + k] / temperature + (own ? aligned ? 0 : positive[k] : negative[k] + more);
       if (k === i) continue;
       if (own) wanted += pull[k], positives++;
       if (!(own && aligned) && s[k] > top) top = s[k];
@@ -98,7 +98,7 @@ function classBalance(batch, found) {
   let pairs = 0, conflicts = 0;
   for (let i = 0; i < N; i++) for (let k = 0; k < K; k++) {
     if (k === i) continue;
-    const y = keys.labels[k], c = coef[i * K + k];
+    const y = keys[k], c = coef[i * K + k];
     if (y !== batch.labels[i]) { sums.repulsion[y] += c; continue; }
     sums[c < 0 ? "attraction" : "wrong_way"][y] += Math.abs(c);
     pairs++;
@@ -110,19 +110,17 @@ function classBalance(batch, found) {
 // −∂L/∂z of every point along the sphere, whole and in its three parts; and of the centres.
 const PARTS = ["attraction", "wrong_way", "repulsion"];
 function forces(batch, found) {
-  const {dim: D, temperature: T} = batch, {coef, keys, N, K} = found;
+  const {z, dim: D, temperature: T} = batch, {coef, keys, N, K} = found;
   const parts = PARTS.map(() => new Float64Array(N * D)), centers = new Float64Array((K - N) * D);
   for (let i = 0; i < N; i++) for (let k = 0; k < K; k++) {
-    const c = -coef[i * K + k] / T;
-    if (!c) continue;
-    const part = parts[keys.labels[k] !== batch.labels[i] ? 2 : c > 0 ? 0 : 1];
-    for (let d = 0; d < D; d++) {
-      part[i * D + d] += c * keys.vectors[k * D + d];
-      if (k < N) part[k * D + d] += c * batch.z[i * D + d];
-      else centers[(k - N) * D + d] += c * batch.z[i * D + d];
+    const c = -coef[i * K + k] / T, part = parts[keys[k] !== keys[i] ? 2 : c > 0 ? 0 : 1];
+    const [key, moved, at] = k < N ? [z, part, k * D] : [batch.centers, centers, (k - N) * D];
+    if (c) for (let d = 0; d < D; d++) {
+      part[i * D + d] += c * key[at + d];
+      moved[at + d] += c * z[i * D + d];
     }
   }
-  for (const part of parts) alongSphere(part, batch.z, D);
+  for (const part of parts) alongSphere(part, z, D);
   if (K > N) alongSphere(centers, batch.centers, D);
   const whole = parts[0].map((v, n) => v + parts[1][n] + parts[2][n]);
   return {whole, attraction: parts[0], wrong_way: parts[1], repulsion: parts[2], centers};
@@ -152,20 +150,20 @@ function step(batch, side, rate = 0.02) {
   const force = forces(batch, coefficients(batch, side)), N = batch.labels.length;
   const move = (z, f) => unit(z.map((v, n) => v + rate * batch.temperature * N * f[n]), batch.dim);
   const centers = force.centers.length ? move(batch.centers, force.centers) : batch.centers;
-  return {...batch, z: move(batch.z, force.whole), centers};
+  return {...batch, cosines: null, z: move(batch.z, force.whole), centers};
 }
 
 // == 2. Made batches ==
-function randomNumbers(seed) {  // a congruential generator; the normal distribution by Box and Muller
+function randomNumbers(seed) {  // congruential; Box and Muller
   let a = Math.imul(seed, 2654435761) >>> 0;
   const uniform = () => (a = (Math.imul(a, 1664525) + 1013904223) >>> 0) / 2 ** 32;
   const normal = () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
   return {uniform, normal};
 }
 
-const GEOMETRY = {random: [0, 1, .5], "half-trained": [1, 1, .5], collapsed: [1, 0, 0]};  // weights of class, image, view
+const GEOMETRY = {random: [0, 1, .5], "half-trained": [1, 1, .5], collapsed: [1, 0, 0]};
 
-function madeBatch({views, images, classes, imbalance, geometry, seed, temperature}) {
+function madeBatch({views, images, classes, imbalance, geometry, seed}) {
   const {uniform, normal} = randomNumbers(1 + seed), D = 32, [ofClass, ofImage, ofView] = GEOMETRY[geometry];
   const draw = (n) => Float64Array.from({length: n * D}, () => normal() / Math.sqrt(D));
   const counts = range(classes, (j) => Math.floor(500 * imbalance ** (classes > 1 ? -j / (classes - 1) : 0)));
@@ -184,7 +182,7 @@ function madeBatch({views, images, classes, imbalance, geometry, seed, temperatu
       for (let d = 0; d < D; d++) z.push(ofClass * centers[y * D + d] + ofImage * image[d] + ofView * view[d]);
     }
   }
-  return {z: unit(z, D), dim: D, labels, centers, counts, temperature};
+  return {z: unit(z, D), dim: D, labels, centers, counts};
 }
 
 // == 3. Elements, colours, controls ==
@@ -268,7 +266,7 @@ class Explorer {  // its parts anew, the focus where it was
   fill(...parts) {
     const all = () => [...this.el.querySelectorAll("select, input, button, .point, .chart")], at = all().indexOf(document.activeElement);
     this.el.replaceChildren(...parts);
-    for (const node of all()) node.dataset.lmSuppressShortcuts = true;  // JupyterLab keeps off their keys
+    for (const node of all()) node.dataset.lmSuppressShortcuts = true;  // no keys of JupyterLab
     if (at >= 0) all()[at]?.focus();
     this.draw();
   }
@@ -494,10 +492,10 @@ class Conflict extends Explorer {
     }).join("L");
   }
   angles(b) {
-    const sums = [0, 0], pairs = [0, 0], N = b.labels.length;
+    const sums = [0, 0], pairs = [0, 0], N = b.labels.length, cos = cosines(b), M = cos.length / N;
     for (let i = 0; i < N; i++) for (let k = 0; k < i; k++) {
       const which = b.labels[i] === b.labels[k] ? 0 : 1;
-      sums[which] += Math.acos(Math.max(-1, Math.min(1, dot(b.z, i, b.z, k, b.dim)))) * 180 / Math.PI; pairs[which]++;
+      sums[which] += Math.acos(Math.max(-1, Math.min(1, cos[i * M + k]))) * 180 / Math.PI; pairs[which]++;
     }
     return sums.map((sum, n) => sum / pairs[n]);
   }
@@ -532,7 +530,7 @@ class Conflict extends Explorer {
       this.view = [this.view[0] + (m.clientX - x) / 120, Math.max(-1.5, Math.min(1.5, this.view[1] + (m.clientY - y) / 120))];
       x = m.clientX; y = m.clientY;
       this.soon();
-    }, () => {});
+    });
   }
   key(e, k, i) {
     const {s} = this, D = s.dim, N = s.labels.length, by = (e.shiftKey ? 15 : 3) * Math.PI / 180;
@@ -558,7 +556,7 @@ function nearby(at, v) {  // a view of an image, on one side of it or the other
 function follow(to, done) {  // a hand, until it lets go
   const over = new AbortController(), how = {signal: over.signal, passive: false};
   addEventListener("pointermove", (e) => { e.preventDefault(); to(e); }, how);
-  for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => { over.abort(); done(); }, how);
+  for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => { over.abort(); done?.(); }, how);
 }
 
 function mark(y, center) {  // a class has a colour and a shape, a centre is hollow
@@ -591,7 +589,7 @@ class Balance extends Explorer {
     this.build();
   }
   build() {
-    const {s} = this, film = s.film, now = (what) => { Object.assign(s, what); this.made = null; this.draw(); this.tell(); };
+    const {s} = this, film = s.film, now = (what) => { Object.assign(s, what); if (!what.temperature) this.made = null; this.draw(); this.tell(); };
     this.panels = (film || s.loss).map(() => {
       const svg = h("svg", {viewBox: "0 0 400 262", class: "chart", tabindex: 0, role: "img"}), said = h("div", {class: "said", "aria-live": "polite"});
       const pick = (j) => { this.chosen = Math.max(0, Math.min(j, this.order.length - 1)); this.draw(); };
@@ -620,7 +618,8 @@ class Balance extends Explorer {
   sums() {  // per panel: the forces on every class, conflict, counts
     const {s} = this;
     if (s.film) return s.film.map((run) => ({...run.frames[Math.min(s.frame, run.frames.length - 1)], counts: run.counts}));
-    const batch = this.made = this.made || (s.geometry === "own" ? {...s.batch, temperature: s.temperature} : madeBatch(s));
+    const batch = this.made = this.made || (s.geometry === "own" ? {...s.batch} : madeBatch(s));
+    batch.temperature = s.temperature;
     return s.loss.map((side) => ({...classBalance(batch, coefficients(batch, side)), counts: batch.counts}));
   }
   draw() {
@@ -630,7 +629,7 @@ class Balance extends Explorer {
       return {j, count, attraction, wrong_way, repulsion, ratio: attraction > 0 && repulsion > 0 ? attraction / repulsion : NaN};
     }));
     this.order = rows[0].map((n) => n.j).sort((a, b) => SORTS[s.sort](rows[0][a]) - SORTS[s.sort](rows[0][b]) || a - b);
-    const all = s.film ? s.film.flatMap((run) => run.frames) : sums;  // a film has one scale
+    const all = s.film ? s.film.flatMap((run) => run.frames) : sums;
     const most = (of) => Math.max(1e-12, ...all.flatMap((n) => range(C, (j) => of(n, j))));
     const up = most((n, j) => n.attraction[j]), down = most((n, j) => n.wrong_way[j] + n.repulsion[j]);
     this.panels.forEach((panel, k) => this.chart(panel, rows[k], sums[k], 400 / C, 168 / (up + down), 8 + 168 * up / (up + down)));
@@ -688,7 +687,7 @@ function mount(el, kind, state, told = {}) {
 function page(el, kind, state) {
   const word = `#${el.id}=`;
   const link = (now) => { location.hash = word + encodeURIComponent(JSON.stringify(now)); navigator.clipboard?.writeText(location.href).catch(() => {}); };
-  try { if (location.hash.startsWith(word)) state = {...state, ...JSON.parse(decodeURIComponent(location.hash.slice(word.length)))}; } catch { /* a link that was cut off */ }
+  try { if (location.hash.startsWith(word)) state = {...state, ...JSON.parse(decodeURIComponent(location.hash.slice(word.length)))}; } catch { /* cut off */ }
   return mount(el, kind, state, {link});
 }
 
