@@ -204,6 +204,18 @@ def test_a_link_shows_what_its_sender_saw(chromium, tmp_path):
     broken, errors = opened(chromium, page.evaluate("location.href")[:-40])             # cut off in a mail
     assert broken.evaluate(STATE)["labels"] == sent["labels"] and not said + errors
 
+def test_reset_brings_back_the_points_that_were_given(chromium, tmp_path):
+    given = [1., 0., .8, .6, 0., 1., 0., -1.]
+    state = START | {"dim": 2, "views": 1, "labels": [0, 0, 0, 1], "image": [0, 1, 2, 3], "z": [given, given], "temperature": .289}
+    page, said = opened(chromium, write_page(tmp_path/"page.html", ("conflict", state)))
+    root = page.locator(".acl-live").first
+    assert "0.289" in root.inner_text()
+    drag(page, root, 2, 170)
+    root.get_by_role("button", name="step", exact=True).click()
+    root.get_by_role("button", name="reset", exact=True).click()
+    got = page.evaluate(STATE)
+    assert got["steps"] == 0 and torch.allclose(torch.tensor(got["z"]), torch.tensor([given, given])) and not said
+
 FORCES = "() => document.querySelector('.acl-live').explorer"
 
 def test_the_balance_of_a_batch_under_hands(chromium, tmp_path):
@@ -227,7 +239,6 @@ def test_the_balance_of_a_batch_under_hands(chromium, tmp_path):
     assert root.locator("table tr").count() == 51                                     # classes and a head, for a screen reader
     root.get_by_label("geometry").select_option("collapsed")
     assert shown()[0] == 0
-    root.get_by_label("sort").select_option("ratio")
     assert not said
 
 def test_a_film_of_two_runs(chromium, tmp_path):

@@ -318,10 +318,17 @@ class Conflict extends Explorer {
     super();
     this.el = el; this.told = told; this.view = [.6, .35];
     this.s = {start: "one anchor", dim: 2, views: 2, temperature: .3, loss: [{loss: "scl"}, {loss: "acl"}], chosen: 0, steps: 0, ...state};
+    this.given = state.z && JSON.stringify(state);
     this.s.z ? this.adopt() : this.restart();
     if (this.images()[0].at.length !== this.s.views) this.setViews(this.s.views); else this.build();
   }
+  reset() {
+    Object.assign(this.s, {c: null, steps: 0}, this.given && JSON.parse(this.given));
+    this.given ? this.adopt() : this.restart();
+    this.build(); this.tell();
+  }
   restart() {
+    this.given = null;
     const {labels, image, z} = startOf(this.s);
     Object.assign(this.s, {labels, image, z: [z, z.slice()], chosen: 0, steps: 0});
     this.center();
@@ -349,7 +356,7 @@ class Conflict extends Explorer {
     const now = (what) => { Object.assign(s, what); this.draw(); this.tell(); };
     this.runs = button("run", () => this.run(), "gradient descent of points and centres, under each loss");
     this.fill(
-      key("drag a point: images are filled, centres hollow, the chosen is ringed"),
+      key("drag a point: images are filled, centres hollow; arrows: where they are moved"),
       h("div", {class: "two"}, ...[0, 1].map((k) => h("div", {}, this.side(k), this.panels[k].svg, this.panels[k].said))),
       h("fieldset", {}, h("legend", {}, "points"),
         select("start", Object.keys(STARTS), s.start, (v) => redo({start: v})),
@@ -361,7 +368,7 @@ class Conflict extends Explorer {
         button("+ other", () => this.add((s.labels[s.chosen] + 1) % 4), "an image of another class"),
         button("− image", () => this.remove(), "the chosen point's image"),
         button("step", () => { this.pause(); this.move(5); this.tell(); }), this.runs,
-        button("reset", () => { this.restart(); this.build(); this.tell(); }), this.told.link ? button("link", () => this.told.link(this.plain())) : null, this.clock = h("output", {})));
+        button("reset", () => this.reset()), this.told.link ? button("link", () => this.told.link(this.plain())) : null, this.clock = h("output", {})));
   }
   tell() { this.told.state(this.plain()); }
   plain() {  // for a link, or for Python
@@ -576,7 +583,6 @@ function arrow(from, force, scale) {
 }
 
 // == 5. Balance: forces on classes from head to tail, under two losses, or over the epochs of runs ==
-const SORTS = {images: (n) => -n.count, ratio: (n) => -n.ratio || 0, repulsion: (n) => -n.repulsion};
 const GROUP = (count) => count > 100 ? "many" : count >= 20 ? "medium" : "few";
 const SHADE = {many: "pull", medium: "c0", few: "c1"};
 
@@ -585,7 +591,7 @@ class Balance extends Explorer {
     super();
     this.el = el; this.told = told; this.chosen = 0;
     this.s = {loss: [{loss: "scl"}, {loss: "acl"}], temperature: .1, views: 2, images: 64, classes: 50, imbalance: 100,
-      geometry: "half-trained", seed: 0, sort: "images", batch: null, film: null, frame: 1e9, ...state};
+      geometry: "half-trained", seed: 0, batch: null, film: null, frame: 1e9, ...state};
     this.build();
   }
   build() {
@@ -610,8 +616,8 @@ class Balance extends Explorer {
       key("a bar: all that acts on a class"),
       h("div", {class: this.panels.length > 1 ? "two" : "one"}, ...this.panels.map((panel, k) => h("div", {}, film ? bold(film[k].name) : this.side(k), panel.svg, panel.said))),
       h("fieldset", {}, h("legend", {}, film ? "run" : "batch"), ...first),
-      h("fieldset", {}, h("legend", {}, "show"), ...last, select("sort", Object.keys(SORTS), s.sort, (v) => now({sort: v})),
-        this.told.link && !film ? button("link", () => this.told.link({...s, batch: null})) : null),
+      ...(film ? [] : [h("fieldset", {}, h("legend", {}, "show"), ...last,
+        this.told.link ? button("link", () => this.told.link({...s, batch: null})) : null)]),
       h("details", {ontoggle: () => this.draw()}, h("summary", {}, "the numbers as a table"), this.table));
   }
   tell() { this.told.state({...this.s}); }
@@ -628,7 +634,7 @@ class Balance extends Explorer {
       const [attraction, wrong_way, repulsion] = PARTS.map((part) => n[part][j]);
       return {j, count, attraction, wrong_way, repulsion, ratio: attraction > 0 && repulsion > 0 ? attraction / repulsion : NaN};
     }));
-    this.order = rows[0].map((n) => n.j).sort((a, b) => SORTS[s.sort](rows[0][a]) - SORTS[s.sort](rows[0][b]) || a - b);
+    this.order = rows[0].map((n) => n.j).sort((a, b) => rows[0][b].count - rows[0][a].count || a - b);
     const all = s.film ? s.film.flatMap((run) => run.frames) : sums;
     const most = (of) => Math.max(1e-12, ...all.flatMap((n) => range(C, (j) => of(n, j))));
     const up = most((n, j) => n.attraction[j]), down = most((n, j) => n.wrong_way[j] + n.repulsion[j]);
@@ -649,7 +655,7 @@ class Balance extends Explorer {
       if (ratio) line += `${pen}${(n + .5) * wide} ${Math.max(190, Math.min(256, 223 - 15 * Math.log10(ratio)))}`, pen = "L"; else pen = "M";
     });
     const at = this.order[this.chosen] ?? this.order[0], x = this.order.indexOf(at) * wide, n = rows[at];
-    const groups = Object.keys(this.s.sort === "images" ? shades : {}), word = (x, y, said, anchor) => h("text", {x, y, "text-anchor": anchor, class: "word"}, said);
+    const groups = Object.keys(shades), word = (x, y, said, anchor) => h("text", {x, y, "text-anchor": anchor, class: "word"}, said);
     svg.replaceChildren(...groups.map((name) => h("path", {d: shades[name], fill: `var(--${SHADE[name]})`, opacity: .09})),
       ...Object.entries(paths).map(([role, d]) => h("path", {d, fill: `var(--${role})`})),
       h("path", {d: `M0 ${zero}H400M0 190H400M0 223H400`, stroke: "var(--faint)"}), h("path", {d: line, fill: "none", stroke: "var(--ink)", "stroke-width": 1.3}),

@@ -16,7 +16,7 @@ from ..checks import choose, require
 # %% ../../nbs/065_plots.live.ipynb #44a33979
 LIVE_FILE = files("acl_nb")/"plots"/"live.js"
 
-def live_script() -> str: # JavaScript, in which no tag ends
+def live_script() -> str: # JavaScript without a closing script tag
     "The explorers' file as a script that defines `aclLive`, unless the page has it already."
     code = LIVE_FILE.read_text(encoding="utf-8")
     body, exported = code.rsplit("export default ", 1)
