@@ -21,7 +21,7 @@ demo: $(NEEDS) ## train ACL on long-tailed digits (half a minute) and write runs
 
 test: $(NEEDS) clean-check sync-check ## notebooks clean, modules in sync, every notebook, every test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-browser: $(NEEDS) ## the explorers and the site in a real browser, which must be there (screenshots: runs/browser)
 	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_live.py tests/test_site.py

@@ -62,7 +62,7 @@ class DataSettings:
     "What a run learns from, and what it is tested on."
     name: str = setting("custom")                        # of the recipe
     dataset: str = setting("digits_lt", one_of(DATASETS))  # a key of `DATASETS`
-    data: str | None = setting(None)                     # folder of the data set's files, or its file
+    data: str | None = setting(None)                     # folder of the data set, or its file
     data_on: str = setting("auto", one_of(_PLACES))       # images in memory: auto | device | host
     classes: int | None = setting(None, at_least(1))     # that the data must have; None: any
     split: str | None = setting(None)                    # tested on: test | val; None: as usual
