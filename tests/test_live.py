@@ -301,6 +301,7 @@ def jupyterlab(folder):
 CELLS = ["from acl_nb.widgets import conflict_explorer\nexplorer = conflict_explorer()\nexplorer",
          "print('points', [[round(x, 3) for x in p] for p in explorer.points.tolist()][2], explorer.views, explorer.temperature, explorer.loss, [round(sum(side['wrong_way']), 6) > 0 for side in explorer.balance])",
          "explorer.temperature = 0.1\nexplorer.loss = 'SCL', 'ACL, adjusted'\nexplorer.views = 4",
+         "explorer.points = -explorer.points",
          "explorer.show()"]
 
 def test_jupyterlab(tmp_path, chromium):
@@ -336,8 +337,12 @@ def test_jupyterlab(tmp_path, chromium):
         state = page.evaluate(STATE)
         assert len(state["labels"]) == 4 * len(set(state["image"])) and state["views"] == 4
         assert any(abs(angle(state, i) + 90) < 4 for i in range(len(state["labels"])))   # the points stayed
+        before = torch.tensor(state["z"][0])
         run_cell(3)
-        cells.nth(3).locator(".acl-live svg").first.wait_for(timeout=20_000)
+        page.wait_for_function(f"(x) => Math.abs(({STATE})().z[0][0] + x) < 1e-6", arg=before[0].item())
+        assert torch.allclose(torch.tensor(page.evaluate(STATE)["z"]), -before.expand(2, -1), atol=1e-3)                # Python has four digits
+        run_cell(4)
+        cells.nth(4).locator(".acl-live svg").first.wait_for(timeout=20_000)
         SHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SHOTS/"live-jupyterlab.png")
         assert not outside

@@ -10,10 +10,10 @@ import anywidget
 import torch
 import torch.nn.functional as F
 import traitlets
-
 from fastcore.basics import patch
 
 from ..checks import require
+from ..pairs import check_pairs
 from ..plots.live import LIVE_FILE, live_page, live_side
 
 # %% ../../nbs/600_widgets.live.ipynb #234a1359
@@ -51,7 +51,10 @@ class Explorer(anywidget.AnyWidget):
         return self.state["loss"]
 
     @loss.setter
-    def loss(self, both): self.change(loss=[live_side(side) for side in both])
+    def loss(self,
+        both,      # left and right
+    ):
+        self.change(loss=[live_side(side) for side in both])
 
     def __repr__(self): return f"Explorer({self.kind!r})"
 
@@ -88,17 +91,18 @@ def batch_state(
     counts:torch.Tensor=None,   # [C] training images of each class; None: those of the batch
 ) -> dict:                      # z, dim, labels, image, centers, counts: plain numbers
     "A batch as the explorers have it."
-    require(z.ndim == 3 and labels.shape == (len(z),), "`z` must be [B, V, D] with `labels` [B]",
-            f"{list(z.shape)} and {list(labels.shape)}")
-    flat, y = z.detach().cpu().double().flatten(0, 1), labels.cpu().repeat_interleave(z.shape[1])
-    n_classes = int(y.max()) + 1 if centers is None else len(centers)
-    if centers is None: centers = class_means(flat, y, n_classes)
-    keys = len(flat) + len(centers)
+    centers = None if centers is None else centers.detach().cpu()
+    batch = check_pairs(z.detach().cpu().double(), labels.cpu(), centers=centers)
+    n_classes = int(batch.labels.max()) + 1 if centers is None else len(centers)
+    centers = class_means(batch.z, batch.labels, n_classes) if centers is None else batch.centers
+    keys = len(batch.z) + n_classes
     require(keys <= _MOST, f"an explorer takes at most {_MOST:,} keys", f"{keys:,}")
-    counts = y.bincount(minlength=n_classes).clamp_min(1) if counts is None else counts
-    return {"z": flat.flatten().tolist(), "dim": z.shape[-1], "labels": y.tolist(),
-            "image": torch.arange(len(z)).repeat_interleave(z.shape[1]).tolist(),
-            "centers": centers.detach().flatten().tolist(), "counts": [int(n) for n in counts]}
+    if counts is None: counts = batch.labels.bincount(minlength=n_classes).clamp_min(1)
+    require(len(counts) == n_classes, f"`counts` must be [C] = [{n_classes}]", [len(counts)])
+    images = torch.arange(len(z)).repeat_interleave(z.shape[1])
+    return {"z": batch.z.flatten().tolist(), "dim": z.shape[-1], "labels": batch.labels.tolist(),
+            "image": images.tolist(), "centers": centers.flatten().tolist(),
+            "counts": [int(n) for n in counts]}
 
 # %% ../../nbs/600_widgets.live.ipynb #75e3c5b6
 @patch
@@ -106,8 +110,8 @@ def set_batch(self:Explorer,
     z:torch.Tensor,             # [B, V, D] unit length
     labels:torch.Tensor,        # [B] in 0..C-1
     centers:torch.Tensor=None,  # [C, D] unit length; None: the normalised means of the classes
-    counts:torch.Tensor=None,   # [C] training images of each class; None: those of the batch
-    name:str="a batch",         # in the list of geometries
+    counts:torch.Tensor=None,   # [C] training images of each class; only for a balance explorer
+    name:str="a batch",         # in its list of geometries
 ):
     "Show a real batch, of a run or of any model."
     batch = batch_state(z, labels, centers, counts)
@@ -116,11 +120,22 @@ def set_batch(self:Explorer,
     dim = batch["dim"]
     require(dim in (2, 3), "a circle or a sphere takes embeddings of 2 or 3 dimensions", dim)
     require(max(batch["labels"]) < 4, "the conflict explorer takes at most 4 classes")
-    c, points = batch.pop("centers"), batch.pop("z")
+    require(counts is None, "the conflict explorer counts its own points: `counts` must be None")
+    c, points, _ = batch.pop("centers"), batch.pop("z"), batch.pop("counts")
     self.change(**batch, z=[points, points], c=[c, c], views=z.shape[1], chosen=0, steps=0)
 
-@patch(as_prop=True)
-def points(self:Explorer): # [N, D] of the left side, image by image; None before it is drawn
-    "The points of a conflict explorer, as they were moved."
-    if "z" not in self.state: return None
-    return torch.tensor(self.state["z"][0], dtype=torch.float64).view(-1, self.state["dim"])
+# %% ../../nbs/600_widgets.live.ipynb #6b000003
+def _points(explorer):
+    if "z" not in explorer.state: return None
+    return torch.tensor(explorer.state["z"][0], dtype=torch.float64).view(-1, explorer.state["dim"])
+
+def _move_points(explorer, points):
+    there = explorer.points
+    require(there is not None, "`points` can be set where the page has drawn some, or after `set_batch`")
+    fits = list(points.shape) == list(there.shape)
+    require(fits, f"`points` must be {list(there.shape)}", list(points.shape))
+    flat = F.normalize(points.detach().cpu().double(), dim=-1).flatten().tolist()
+    explorer.change(z=[flat, flat], steps=0)
+
+_DOC = "[N, D] of the left side, image by image; None before it is drawn. Setting moves both sides."
+Explorer.points = property(_points, _move_points, doc=_DOC)

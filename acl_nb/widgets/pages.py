@@ -51,6 +51,7 @@ def _group_shapes(groups):
         start += size
     return shapes
 
+# %% ../../nbs/625_widgets.pages.ipynb #62c0de01
 def _count_state(n):
     "What a position of the slider changes: three traces, and the layout."
     classes, big = list(range(len(n["counts"]))), "<span style='font-size:18px'>{}</span>"
@@ -66,6 +67,7 @@ def _count_state(n):
 # %% ../../nbs/625_widgets.pages.ipynb #e3d2292d
 def _count_look(fig, shapes):
     "Axes, groups and legend of the figure of counts."
+    fig.update_traces(hovertemplate="%{customdata}: %{y:,.3g}<extra></extra>")
     styled(fig, height=500).update_layout(shapes=shapes, bargap=.1, margin_t=80, legend_y=-.13)
     fig.update_yaxes(type="log", tickvals=LOG_TICKS).update_annotations(font_size=14)
     fig.update_yaxes(title="training images", row=1).update_yaxes(title="expected keys", row=2)
@@ -97,7 +99,6 @@ def count_figure(
     fig.add_trace(go.Scatter(**keys, line_color=REPULSION, name="keys in a batch"), 2, 1)
     dashed = dict(color=ATTRACTION, dash="dash")
     fig.add_trace(go.Scatter(**joined, line=dashed, name="with its centre"), 2, 1)
-    fig.update_traces(hovertemplate="%{customdata}: %{y:,.3g}<extra></extra>")
     _count_look(fig, layout["shapes"])
     return _with_slider(fig, over, values, states) if over else fig
 
