@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .build import build, find_setup, start_processes
-from .callbacks import TRACKERS, Ema, Progress, Saver
+from .callbacks import Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
 from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
@@ -24,6 +24,7 @@ from .loop import Training, go_on_from
 from .processes import Stopped, from_first, rank, require_same, world_size
 from .records import Run, begin_folder, check_data, fingerprint, hold_folder, open_folder
 from .settings import Recipe
+from .trackers import TRACKERS
 
 # %% ../nbs/590_trainer.ipynb #5d8196fb
 def _resume(asked):
