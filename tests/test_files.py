@@ -201,7 +201,7 @@ def test_a_test_set_that_is_not_balanced_is_told_by_images_and_by_classes(tmp_pa
     done = train(["digits_lt", "--data", "d", "--out", "run", "--workers", "0", *settings(dataset="folder_lt", imbalance="as_is", batch_size=8)], tmp_path)
     s = Run(tmp_path/"run").summary
     tested = [n for n in s["per_class"] if n is not None]
-    assert s["mean_per_class"] == pytest.approx(sum(tested) / 3) and s["top1"] != s["mean_per_class"]
+    assert s["mean_class"] == pytest.approx(sum(tested) / 3) and s["top1"] != s["mean_class"]
     assert "all images " in done.stdout and "mean over classes " in done.stdout and "balanced" not in done.stdout
 
 # ---- data sets that are objects
