@@ -107,7 +107,7 @@ def _results(run):
     "The table of results, its heads in the first row; with intervals where there are any."
     summary, counts = run.summary, run.env["data"]["counts"]
     C, intervals = len(counts), summary.get("intervals")
-    over = [("top1", "all test images", C), ("mean_per_class", "mean over classes", C)]
+    over = [("top1", "all test images", C), ("mean_class", "mean over classes", C)]
     for group, ids in shot_groups(counts).items():
         over.append((group, f"{group}-shot classes ({_GROUPS[group]})", len(ids)))
     rows = [["accuracy", "classes", "value"]]
@@ -218,7 +218,7 @@ def find_hub(): # the module `huggingface_hub`
 def _front_matter(run, license):
     "Lines of YAML for the hub."
     hub, data, task = find_hub(), run.env["data"], "image-classification"
-    named = {"top1": "accuracy", "mean_per_class": "accuracy, mean over classes"}
+    named = {"top1": "accuracy", "mean_class": "accuracy, mean over classes"}
     named |= {group: f"accuracy, {group}-shot classes" for group in _GROUPS}
     results = []
     for name, told in named.items():

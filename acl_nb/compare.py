@@ -88,7 +88,7 @@ def differing_settings(
             "environment": _differing([_environment(side.run.env) for side in sides])}
 
 # %% ../nbs/740_compare.ipynb #4905c38a
-_ACCURACIES = ("top1", "mean_per_class", "many", "medium", "few")
+_ACCURACIES = ("top1", "mean_class", "many", "medium", "few")
 
 def _same_data(first, other): return first.data.get("sha256") == other.data.get("sha256")
 
@@ -188,9 +188,9 @@ def _settings_table(differing):
 def _accuracy_names(result):
     "The accuracies that at least one run has, and how they are called."
     runs = [run["accuracies"] for run in result["runs"]]
-    even = all(percent(run["mean_per_class"]) in ("–", percent(run["top1"])) for run in runs)
+    even = all(percent(run["mean_class"]) in ("–", percent(run["top1"])) for run in runs)
     names = {"top1": "all classes" if even else "all images"}
-    if not even: names["mean_per_class"] = "mean over classes"
+    if not even: names["mean_class"] = "mean over classes"
     names |= {group: f"{group}-shot" for group in ("many", "medium", "few")}
     known = [name for name in names if any(run[name] is not None for run in runs)]
     return {name: names[name] for name in known}

@@ -138,8 +138,8 @@ def _lead(result, parts):
     said = f"{n:,} images, {C} classes."
     if "difference" not in result: return said
     said = f"{said} The network was adjusted: {result['adjustment']}."
-    before = percent(result["before"]["mean_per_class"])
-    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
+    before = percent(result["before"]["mean_class"])
+    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_class"])
     return f"{said} Before: {before} over classes; the difference: {apart} points ({low} to {high})."
 
 def _write_page(result, run, parts, path, split):
@@ -183,7 +183,7 @@ def _scores_line(scores):
 
 def _change_line(result):
     "What an adjustment made of a network."
-    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
+    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_class"])
     changed = f"{result['adjustment']}: {_scores_line(result['scores'])}"
     return f"{changed}\nmean over classes {apart} points ({low} to {high}), on the same images"
 

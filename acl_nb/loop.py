@@ -237,7 +237,7 @@ def end_epoch(
     for name, total in run.sums.items(): row[name] = total / run.batch
     if run.epoch >= r.epochs - 5 or row["epoch"] % r.test_every == 0:
         run.scores, run.predictions = test_network(run.tested, run.parts, run.interrupts)
-        for group in ("top1", "many", "medium", "few"): row[group] = run.scores[group]
+        for name in ("top1", "mean_class", "many", "medium", "few"): row[name] = run.scores[name]
     run.history.append({**row, "seconds": time.perf_counter() - run.clock})
     run.epoch, run.batch, run.sums = run.epoch + 1, 0, {}
     run.seconds, run.clock = 0., time.perf_counter()

@@ -167,6 +167,16 @@ def environment() -> dict: # plain values, ready for JSON
     return {**code, **libraries, **machine, **chosen}
 
 # %% ../nbs/520_records.ipynb #83810b31
+def _in_todays_names(summary):
+    "Earlier versions called the mean over classes otherwise, or wrote the accuracies of the classes alone."
+    if not summary or "per_class" not in summary: return summary
+    tested = [accuracy for accuracy in summary["per_class"] if accuracy is not None]
+    mean = sum(tested) / len(tested) if tested else None
+    here = {"mean_class": summary.pop("mean_per_class", mean)} | summary
+    found = here.get("intervals") or {}
+    if "mean_per_class" in found: found["mean_class"] = found.pop("mean_per_class")
+    return here
+
 class RunFiles:
     "The files of a run folder, each read when it is asked for."
     def __init__(self,
@@ -180,8 +190,12 @@ class RunFiles:
 
     recipe  = property(lambda self: self._json("recipe.json"), doc="Settings, as a dict.")
     env     = property(lambda self: self._json("env.json"), doc="Environment and data, as a dict.")
-    summary = property(lambda self: self._json("summary.json"), doc="Results; None before the end.")
     history = property(lambda self: read_rows(self.path/HISTORY), doc="A dict per epoch.")
+
+    @property
+    def summary(self): # a dict; None before the end
+        "Results, with today's names."
+        return _in_todays_names(self._json("summary.json"))
 
     @property
     def balance(self): # dicts: epoch, balance (attraction, wrong_way, repulsion [C]; conflict_rate)

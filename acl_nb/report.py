@@ -35,9 +35,9 @@ def interval_text(
 # %% ../nbs/530_report.ipynb #53a0e001
 def _overall(scores):
     "What there is over all classes, one accuracy or two that differ: its key, and how it is called."
-    over_images, over_classes = (percent(scores.get(name)) for name in ("top1", "mean_per_class"))
+    over_images, over_classes = (percent(scores.get(name)) for name in ("top1", "mean_class"))
     if over_classes in (over_images, percent(None)): return {"top1": "all classes"}
-    return {"top1": "all images", "mean_per_class": "mean over classes"}
+    return {"top1": "all images", "mean_class": "mean over classes"}
 
 def _with_interval(scores, name):
     interval = scores.get("intervals", {}).get(name)

@@ -16,10 +16,11 @@ from PIL import Image
 
 from acl_nb import build
 from acl_nb.checks import BadInput
-from acl_nb.cli import check_data, default_folder
+from acl_nb.cli import default_folder
 from acl_nb.datasets.decoders import Note
 from acl_nb.datasets.objects import dataset_lt
 from acl_nb.datasets.own import folder_lt
+from acl_nb.inventory import check_data
 from acl_nb.recipes import read_recipe, recipe
 from acl_nb.records import Run
 from acl_nb.trainer import fit
@@ -201,7 +202,7 @@ def test_a_test_set_that_is_not_balanced_is_told_by_images_and_by_classes(tmp_pa
     done = train(["digits_lt", "--data", "d", "--out", "run", "--workers", "0", *settings(dataset="folder_lt", imbalance="as_is", batch_size=8)], tmp_path)
     s = Run(tmp_path/"run").summary
     tested = [n for n in s["per_class"] if n is not None]
-    assert s["mean_per_class"] == pytest.approx(sum(tested) / 3) and s["top1"] != s["mean_per_class"]
+    assert s["mean_class"] == pytest.approx(sum(tested) / 3) and s["top1"] != s["mean_class"]
     assert "all images " in done.stdout and "mean over classes " in done.stdout and "balanced" not in done.stdout
 
 # ---- data sets that are objects
