@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from acl_nb.gradients.scl import scl_pair_gradients
-from acl_nb.losses import LOSSES, TRAITS, LossTraits
+from acl_nb.losses import register_loss
 from acl_nb.pairs import contrast
 
 
@@ -55,16 +55,11 @@ class BalancedCutSCLLoss(CutSCLLoss):
     balanced = True
 
 
-def _balanced_of(pairs):
+def balanced_of(pairs):
+    "The same, balanced."
     return cut_scl_of(pairs, balanced=True)
 
 
-def register():
-    "Make both known by name, with their closed forms for the probe."
-    forms = {"scl_cut": (CutSCLLoss, cut_scl_of), "scl_cut_balanced": (BalancedCutSCLLoss, _balanced_of)}
-    for name, (module, form) in forms.items():
-        TRAITS[name] = LossTraits(module, centers="optional", form=form, usual=dict(centers="none"))
-        LOSSES[name] = module
-
-
-register()
+for name, module, form in [("scl_cut", CutSCLLoss, cut_scl_of),
+                           ("scl_cut_balanced", BalancedCutSCLLoss, balanced_of)]:
+    register_loss(name, module, form=form, usual=dict(centers="none"))
