@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_bytes', 'write_text', 'write_json', 'write_predictions', 'append_row', 'read_rows', 'cut_rows', 'environment',
-           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'check_data']
+           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'other_images', 'check_data']
 
 # %% ../nbs/520_records.ipynb #88870aa3
 import gzip
@@ -354,10 +354,21 @@ def begin_folder(
     write_json(out/"env.json", {**environment(), "setup": setup, "data": data})
 
 # %% ../nbs/520_records.ipynb #c8148a4c
+_OF_IMAGES = {"sha256": "other names or labels", "sizes_sha256": "files of other sizes"}
+
+def other_images(
+    run:Run,    # that noted its data
+    data:dict,  # of `LongTailed.describe`, of the data at hand
+) -> str:       # empty where nothing tells them apart
+    "In what the images at hand differ from those of a run, as far as both are noted."
+    then = (run.env or {}).get("data") or {}
+    return next((what for key, what in _OF_IMAGES.items()
+                 if then.get(key) and data.get(key) and then[key] != data[key]), "")
+
 def check_data(
-    run:Run,     # that goes on
-    sha256:str,  # of the data at hand, as in `LongTailed.describe`
+    run:Run,    # that goes on
+    data:dict,  # of `LongTailed.describe`, of the data at hand
 ):
     "Refuse data that are not those the run in the folder began with."
-    then = ((run.env or {}).get("data") or {}).get("sha256")
-    require(then in (None, sha256), f"{run.path} holds a run on other images; choose another --out, or delete it")
+    what = other_images(run, data)
+    require(not what, f"{run.path} holds a run on other images ({what}); choose another --out, or delete it")

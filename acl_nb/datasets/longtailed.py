@@ -85,6 +85,12 @@ def _digest(*parts):
     for part in parts: part.digest_into(sha)
     return sha.hexdigest()
 
+def _size_digest(*parts):
+    "An entry of the record where the images are single files; else none."
+    found = [part.sizes() for part in parts if hasattr(part, "sizes")]
+    if len(found) < len(parts) or any(sizes is None for sizes in found): return {}
+    return {"sizes_sha256": hashlib.sha256(b"".join(map(int64_bytes, found))).hexdigest()}
+
 # %% ../../nbs/100_datasets.longtailed.ipynb #bc1c6c45
 @patch
 def describe(
@@ -103,6 +109,7 @@ def describe(
         "counts": counts.tolist(),
         "imbalance": round(largest / smallest, 3),
         "sha256": _digest(self.train, self.test),
+        **_size_digest(self.train, self.test),
         **self.notes,
     }
 
