@@ -74,7 +74,7 @@ def _start(recipe, out, found, accelerator, workers):
     data = {**parts.data.describe(), "class_names": parts.data.classes}
     def write():
         if found is None: begin_folder(recipe, out, data, parts.setup)
-        else: check_data(Run(out), data["sha256"])
+        else: check_data(Run(out), data)
     from_first(write)
     if found is None and recipe.classifier_init == "means": _classifier_from_means(parts)
     return parts

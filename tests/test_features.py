@@ -15,10 +15,10 @@ from acl_nb.evaluation import acl_eval
 from acl_nb.datasets.stored import features, read_features
 from acl_nb.features import acl_features, features_recipe, join_run, store_features
 from acl_nb.loop import Training
-from acl_nb.losses import LOSSES
+from acl_nb.losses import LOSSES, TRAITS
 from acl_nb.models import load_model
 from acl_nb.predict import Predictor, acl_predict
-from acl_nb.recipes import LOSS_SETTINGS, recipe
+from acl_nb.recipes import recipe
 from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
 
@@ -60,7 +60,7 @@ def epoch_losses(run):
 
 @pytest.mark.parametrize("loss, readout", [("acl", "classifier"), ("scl", "centers"), ("paco", "classifier")])
 def test_a_run_on_features_is_the_run_of_the_frozen_encoder(tmp_path, loss, readout):
-    settings = asdict(replace(ENCODER, policy="plain", views=2)) | LOSS_SETTINGS[loss] | dict(loss=loss, readout=readout, views=2)
+    settings = asdict(replace(ENCODER, policy="plain", views=2)) | TRAITS[loss].usual | dict(loss=loss, readout=readout, views=2)
     of_images = Recipe(**settings)
     store_features(of_images, tmp_path/"plain.safetensors", views=2)
     images, vectors = Training(build(of_images)), Training(build(features_recipe(tmp_path/"plain.safetensors")))
@@ -109,7 +109,7 @@ def run_recipe(run): return Recipe(**run.recipe)
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_on_features(stored, tmp_path, loss):
-    settings = asdict(features_recipe(stored)) | LOSS_SETTINGS[loss] | dict(loss=loss, epochs=1)
+    settings = asdict(features_recipe(stored)) | TRAITS[loss].usual | dict(loss=loss, epochs=1)
     done = fit(Recipe(**settings), tmp_path/loss, quiet=True)
     assert done.finished and 0 < done.summary["top1"] <= 1 and done.env["data"]["images"] == "digits_lt"
 

@@ -15,7 +15,7 @@ from acl_nb.losses.bcl import bcl_loss_plain
 from acl_nb.losses.scl import scl_loss_plain
 from acl_nb.pairs import NEGATIVES, contrast
 from acl_nb.probes import Probe
-from acl_nb.recipes import LOSS_SETTINGS, recipe
+from acl_nb.recipes import recipe
 from acl_nb.trainer import fit
 
 COUNTS = [500, 120, 30, 8, 2]
@@ -168,7 +168,6 @@ def test_a_new_loss_is_one_entry_of_the_table(monkeypatch, tmp_path):
     traits = LossTraits(Between, centers="optional", form=between, usual=dict(centers="weights"))
     monkeypatch.setitem(TRAITS, "between", traits)
     monkeypatch.setitem(LOSSES, "between", traits.module)              # in the notebook it is made from the table
-    monkeypatch.setitem(LOSS_SETTINGS, "between", traits.usual)        # so is this
     small = dict(n_max=20, imbalance=4, dim=8, hidden=8, views=2, epochs=1)
     r = recipe("digits_lt", loss="between", readout="centers", **small)
     assert r.centers == "weights" and losses_that(lambda t: t.module is Between) == ["between"]

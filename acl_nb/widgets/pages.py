@@ -125,7 +125,7 @@ def views_figure(
     square = channels in (1, 3) and height == width
     require(square, "`image` must be [1 or 3, S, S]", list(image.shape))
     require(views >= 1, "`views` must be at least 1", views)
-    names = list(policies or [k for k, p in POLICIES.items() if channels == 3 or not p.colors])
+    names = list(policies or [k for k, p in POLICIES.items() if channels == 3 or not getattr(p, "colors", False)])
     middle = (.5,) * channels
     pipelines = [ViewPipeline([name] * views, width, middle, middle, seed) for name in names]
     rows = [pipeline(image[None])[0] for pipeline in pipelines]
