@@ -206,6 +206,7 @@ def _accuracy_names(result):
     known = [name for name in names if any(run[name] is not None for run in runs)]
     return {name: names[name] + _images(result["runs"], name) for name in known}
 
+# %% ../nbs/740_compare.ipynb #bd0cb797
 def _accuracy_table(result):
     "Head, and name -> cells: the accuracies of the runs and their differences."
     runs, differences = result["runs"], result["differences"]

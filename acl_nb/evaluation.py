@@ -147,6 +147,7 @@ def _lead(result, parts, split):
     apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_class"])
     return f"{said} Before: {before} over classes; the difference: {apart} points ({low} to {high})."
 
+# %% ../nbs/710_evaluation.ipynb #5b531028
 def _write_page(result, run, parts, path, split):
     counts, names = parts.data.counts, parts.data.classes
     accuracies, made = result["scores"]["per_class"], result["predictions"]

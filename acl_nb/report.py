@@ -173,7 +173,7 @@ def class_rows(
 # %% ../nbs/530_report.ipynb #53a0e030
 def fill_page(
     path,            # of the HTML file
-    template:str,    # a file in acl_nb/templates that extends page.html.j2 and may fill its block `numbers`
+    template:str,    # a file in acl_nb/templates that extends page.html.j2
     title:str,       # heading of the page
     lead:str,        # what the numbers are of
     figures:dict,    # name -> plotly Figure, or a dict of title and HTML (`drawn`)

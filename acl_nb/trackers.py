@@ -50,7 +50,7 @@ class Scalars:
 
     def begin(self, run): # the `Training`
         if rank() > 0: return
-        last = max(1, len(run.history))     # perhaps it was saved, and the run killed before it came here
+        last = max(1, len(run.history))     # saved, but perhaps killed before it came here
         self.writer = self.make(str(self.folder), purge_step=last)
         self._write(run.history[-1:])
 
@@ -69,7 +69,7 @@ class Scalars:
 # %% ../nbs/575_trackers.ipynb #5a336ebf
 def _begin_there(library, name, out, recipe, id):
     "Begin a run of a tracker, or go on with it."
-    for what, seconds in (("LOGIN", "10"), ("INIT", "30")):  # to wait for a key on a terminal, for a server
+    for what, seconds in (("LOGIN", "10"), ("INIT", "30")):  # it waits for a key, for a server
         os.environ.setdefault(f"WANDB_{what}_TIMEOUT", seconds)
     config = {field: value for field, value in asdict(recipe).items() if field != "data"}
     project = os.environ.get(f"{name.upper()}_PROJECT", "acl_nb")
