@@ -21,6 +21,7 @@ from .commands import command, text_table
 from .datasets import DATASETS, facts_of
 from .finetuning import start_lines
 from .losses import LOSSES, losses_that
+from .plugins import PLUGINS, load_plugins
 from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
@@ -167,6 +168,12 @@ def _train(r, out, resume, **how):
 
 def _say(text): print(text)                 # where a parameter is called print
 
+def _table_of_recipes():
+    "The recipes, and below them what plugins add."
+    added = [f"{plugin.file} adds the {what} {', '.join(names)}"
+             for plugin in PLUGINS.values() for what, names in plugin.adds.items()]
+    return "\n".join([text_table(recipe_rows(), left=2), *added])
+
 _OF_THE_START = ("pretrained", "encoder_weights", "freeze", "lora", "decay", "layer_decay", "encoder_lr")
 
 def _print(r):
@@ -203,9 +210,11 @@ def acl_train(
     workers:int=None,    # processes that load images; default: none for images in memory, else <= 8
     probe:int=None,      # steps between two measurements of the gradient; 0: none; default: 10
     set:list=None,       # any other fields of the recipe, as field=value; see --fields
+    plugin:tuple=None,   # file of one's own with losses, data sets, …; more than once for several
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
-    if list: return _say(text_table(recipe_rows(), left=2))
+    load_plugins(plugin, recipe and user_path(recipe).parent, out if resume != "never" else None)
+    if list: return _say(_table_of_recipes())
     if fields is not None: return _say(field_table(fields))
     options = dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data)
     r, usual = resolve(name, recipe, options, set or [])

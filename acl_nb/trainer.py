@@ -21,8 +21,10 @@ from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
 from .judging import Diverged, class_sums
 from .loop import Training, go_on_from
-from .processes import Stopped, from_first, rank, require_same, world_size
-from .records import Run, begin_folder, check_data, fingerprint, hold_folder, open_folder
+from .plugins import CALLBACKS, PLUGINS, load_recorded, recorded_plugins, require_recorded
+from .processes import Stopped, all_or_none, from_first, rank, require_same, world_size
+from .records import Run, begin_folder, check_data, fingerprint, hold_folder
+from .records import note_plugins, open_folder
 from .settings import Recipe
 
 # %% ../nbs/590_trainer.ipynb #5d8196fb
@@ -73,10 +75,23 @@ def _start(recipe, out, found, accelerator, workers):
     data = {**parts.data.describe(), "class_names": parts.data.classes}
     def write():
         if found is None: begin_folder(recipe, out, data, parts.setup)
-        else: check_data(Run(out), data["sha256"])
+        else:
+            check_data(Run(out), data["sha256"])
+            note_plugins(Run(out))
     from_first(write)
     if found is None and recipe.classifier_init == "means": _classifier_from_means(parts)
     return parts
+
+# %% ../nbs/590_trainer.ipynb #d8a40a9e
+def _plugins(recipe, out, found):
+    "The callbacks of the plugins, which are those that the run began with."
+    noted = from_first(lambda: [] if found is None else recorded_plugins(out))
+    def same():
+        load_recorded(noted, out)
+        require_recorded(noted, out)
+    all_or_none(same)
+    require_same("the plugins of a run, by their SHA-256,", {name: p.sha256 for name, p in PLUGINS.items()})
+    return [make(recipe) for make in CALLBACKS.values()]
 
 # %% ../nbs/590_trainer.ipynb #d08c81a5
 def _explained(error, training, out):
@@ -171,6 +186,7 @@ def fit(
         finished, found = from_first(lambda: _opened(recipe, out, _resume(resume), stack))
         if not finished:
             trackers = _trackers(tracked, out, stack)
+            callbacks += _plugins(recipe, out, found)
             parts = _start(recipe, out, found, accelerator, workers)
             if recipe.ema is not None: callbacks.insert(0, Ema(parts.bare, recipe.ema))
             saver = Saver(out, save_every)
