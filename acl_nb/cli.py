@@ -168,12 +168,6 @@ def _train(r, out, resume, **how):
 
 def _say(text): print(text)                 # where a parameter is called print
 
-def _table_of_recipes():
-    "The recipes, and below them what plugins add."
-    added = [f"{plugin.file} adds the {what} {', '.join(names)}"
-             for plugin in PLUGINS.values() for what, names in plugin.adds.items()]
-    return "\n".join([text_table(recipe_rows(), left=2), *added])
-
 _OF_THE_START = ("pretrained", "encoder_weights", "freeze", "lora", "decay", "layer_decay", "encoder_lr")
 
 def _print(r):
@@ -186,6 +180,13 @@ def _print(r):
 _OFFERED = dict(
     name=RECIPES, loss=LOSSES, track=TRACKERS, resume=("auto", "never", "must"),
     fields=_FIELDS, set=[f"{field}=" for field in _FIELDS if field != "name"])
+
+# %% ../nbs/750_cli.ipynb #b7b1a397
+def _table_of_recipes():
+    "The recipes, and below them what plugins add."
+    added = [f"{plugin.file} adds the {what} {', '.join(names)}"
+             for plugin in PLUGINS.values() for what, names in plugin.adds.items()]
+    return "\n".join([text_table(recipe_rows(), left=2), *added])
 
 # %% ../nbs/750_cli.ipynb #bd394e3d
 @command(complete=_OFFERED, explain=_explain)

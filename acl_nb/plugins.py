@@ -30,15 +30,6 @@ _TABLES = {"loss": LOSSES, "policy": POLICIES, "data set": DATASETS, "encoder": 
            "recipe": RECIPES, "callback": CALLBACKS}
 _FACTS = {"loss": (TRAITS, "module"), "data set": (FACTS, "build")}     # what is known of each
 
-class Plugin(NamedTuple):
-    "A file of one's own, as it was when it ran."
-    file: str       # its name
-    path: str       # where it lies, absolute
-    sha256: str     # of its bytes
-    adds: dict      # kind of thing -> the names that are new
-
-PLUGINS = {}        # name of the module -> `Plugin`, in the order of loading
-
 # %% ../nbs/515_plugins.ipynb #8e58e182
 def _all_tables(): return [*_TABLES.values(), *(table for table, _ in _FACTS.values())]
 
@@ -51,14 +42,16 @@ def _restore(before):
 def _complete():
     "Who stands in the table of facts alone gets his name in the other."
     for what, (facts, made) in _FACTS.items():
-        for name in facts.keys() - _TABLES[what].keys(): _TABLES[what][name] = getattr(facts[name], made)
+        names = _TABLES[what]
+        for name in facts.keys() - names.keys(): names[name] = getattr(facts[name], made)
 
 def _added(before):
     "Kind of thing -> names that are new; what was there must be the same."
     _complete()
     for table, entries in zip(_all_tables(), before):
         changed = [name for name, entry in entries.items() if table.get(name) is not entry]
-        require(not changed, "a plugin must leave what is there, and choose new names", ", ".join(changed))
+        rule = "a plugin must leave what is there, and choose new names"
+        require(not changed, rule, ", ".join(changed))
     found = {what: [name for name in table if name not in entries]
              for (what, table), entries in zip(_TABLES.items(), before)}
     return {what: names for what, names in found.items() if names}
@@ -101,6 +94,15 @@ def _forget(plugin):
             if what in _FACTS: _FACTS[what][0].pop(name, None)
 
 # %% ../nbs/515_plugins.ipynb #c317e375
+class Plugin(NamedTuple):
+    "A file of one's own, as it was when it ran."
+    file: str       # its name
+    path: str       # where it lies, absolute
+    sha256: str     # of its bytes
+    adds: dict      # kind of thing -> the names that are new
+
+PLUGINS = {}        # name of the module -> `Plugin`, in the order of loading
+
 def _digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def load_plugin(
@@ -140,11 +142,13 @@ def _load_noted(noted, folder):
     path, sha256 = noted.get("path"), noted["sha256"]
     was = f"{folder} was made with {path or noted['file']}, {_short(sha256)}"
     here = PLUGINS.get(Path(noted["file"]).stem)
-    if here and here.sha256 != sha256: warnings.warn(f"{was}; {here.path} is taken, {_short(here.sha256)}")
+    if here and here.sha256 != sha256:
+        warnings.warn(f"{was}; {here.path} is taken, {_short(here.sha256)}")
     if here: return
     rule = f"{was}, which is not there: put it back, or name a copy with --plugin (`load_plugin`)"
     require(path and Path(path).is_file(), rule)
-    now, remedy = _digest(path), "put it back as it was, or name it with --plugin to take it as it is"
+    remedy = "put it back as it was, or name it with --plugin to take it as it is"
+    now = _digest(path)
     require(now == sha256, f"{was}, and it has changed since: {remedy}", _short(now))
     load_plugin(path)
 
@@ -174,5 +178,5 @@ def require_recorded(
         here = PLUGINS.get(Path(plugin["file"]).stem)
         same = here is not None and here.sha256 == plugin["sha256"]
         remedy = "put that back to go on, or begin anew with --resume never"
-        rule = f"{folder} holds a run that began with {plugin['file']}, {_short(plugin['sha256'])}: {remedy}"
-        require(same, rule, _short(here.sha256) if here else "none of that name")
+        began = f"{folder} holds a run that began with {plugin['file']}, {_short(plugin['sha256'])}"
+        require(same, f"{began}: {remedy}", _short(here.sha256) if here else "none of that name")

@@ -144,13 +144,14 @@ def _listed(images):
     require(len(listed) > 0, "`images` must hold at least one image", "none")
     return listed
 
-# %% ../nbs/700_predict.ipynb #7654e577
+# %% ../nbs/700_predict.ipynb #4bf23c2b
 def _opened(model):
     "A model; of a run on this machine with the plugins that it was made with."
     path = user_path(model)
     if path.exists(): load_plugins(None, path if path.is_dir() else path.parent)
     return load_model(model)
 
+# %% ../nbs/700_predict.ipynb #7654e577
 class Predictor:
     "Images in, names out: `predictor(images) -> Predictions`."
     def __init__(self,
@@ -167,8 +168,8 @@ class Predictor:
         self.facts, self.classes = network.facts, network.classes
         self.prepare = network.preprocess
         self.how, self.batch_size, self.precision = how, batch_size, precision
-        traits = TRAITS.get(self.facts.loss)        # none: a plugin's, which is not here
-        self.contrastive = traits is not None and traits.kind != "classifier"
+        kind = getattr(TRAITS.get(self.facts.loss), "kind", "classifier")      # of a plugin's loss
+        self.contrastive = kind != "classifier"
 
     def of_pixels(self,
         pixels:torch.Tensor,  # uint8 [n, channels, size, size], of `prepare.pixels`

@@ -90,7 +90,8 @@ def _plugins(recipe, out, found):
         load_recorded(noted, out)
         require_recorded(noted, out)
     all_or_none(same)
-    require_same("the plugins of a run, by their SHA-256,", {name: p.sha256 for name, p in PLUGINS.items()})
+    digests = {name: plugin.sha256 for name, plugin in PLUGINS.items()}
+    require_same("the plugins of a run, by their SHA-256,", digests)
     return [make(recipe) for make in CALLBACKS.values()]
 
 # %% ../nbs/590_trainer.ipynb #d08c81a5

@@ -157,7 +157,8 @@ def register_loss(
     _check_call(module, kind)
     if kind == "contrastive": traits = {"centers": "optional"} | traits
     there = LOSSES.get(name, module).__module__
-    require(there == module.__module__, f"a new loss must have a new name: {name} is one of {there}")
+    is_own = there == module.__module__
+    require(is_own, f"a new loss must have a new name: {name} is one of {there}")
     TRAITS[name], LOSSES[name] = LossTraits(module, **traits), module
     return TRAITS[name]
 
