@@ -28,7 +28,7 @@ def tune_power(
     tried = {}
     for power in powers:
         logits = normalised_logits(classifier, features, power)
-        tried[power] = evaluate(logits, labels, counts)["mean_per_class"]
+        tried[power] = evaluate(logits, labels, counts)["mean_class"]
     return max(tried, key=tried.get), tried
 
 # %% ../nbs/770_afterwards.ipynb #c19347e8

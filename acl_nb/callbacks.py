@@ -56,7 +56,8 @@ class _Voice:
         except (OSError, ValueError): self.quiet = True      # nobody reads any more
 
 # %% ../nbs/570_callbacks.ipynb #57a10004
-_SCORES = {"all": "top1", "many": "many", "medium": "medium", "few": "few"}   # heading -> name in the history
+_SCORES = {"images": "top1", "classes": "mean_class",
+           "many": "many", "medium": "medium", "few": "few"}      # heading -> name in the history
 
 def _table_head():
     return "".join(f"{name:>9}" for name in ("epoch", "loss", *_SCORES))
@@ -94,8 +95,9 @@ class Progress:
         self.accuracy = "–"     # of the last test
         self.bar = None         # of the epoch under way
 
-    def begin(self, run): # the `Training`; the table's head
+    def begin(self, run): # the `Training`; what it is about, and the table's head
         self.started, self.before = time.monotonic(), run.step
+        self.voice.say(run.parts.data.in_words())
         self.voice.say(_table_head())
 
     def after_step(self, run): # the `Training`; the bar moves
@@ -173,10 +175,13 @@ def _outcome(run):
     recipe = run.parts.recipe
     tested = [row for row in run.history if "top1" in row]
     best = max(tested, key=lambda row: row["top1"])
-    last5 = [row["top1"] for row in tested[-5:]]
+    last5 = tested[-5:]
     seconds = sum(row["seconds"] for row in run.history)
+    mean_of = lambda name: sum(row.get(name, 0.) for row in last5) / len(last5)
     return {
-        "best_top1": best["top1"], "best_epoch": best["epoch"], "last5_top1": sum(last5) / len(last5),
+        "best_top1": best["top1"], "best_epoch": best["epoch"], "last5_top1": mean_of("top1"),
+        "best_mean_class": max(row.get("mean_class", 0.) for row in tested),
+        "last5_mean_class": mean_of("mean_class"),
         "epochs": recipe.epochs, "seconds": round(seconds, 2), "seed": recipe.seed,
         "loss": recipe.loss, "views": recipe.views, "recipe": recipe.name,
     }

@@ -18,7 +18,7 @@ from .counts import shot_groups
 from .losses import loss_traits
 from .plots.look import _head_to_tail
 from .records import Run
-from .report import percent
+from .report import percent, tested_on
 from .settings import Recipe
 
 # %% ../nbs/660_cards.ipynb #99cffb21
@@ -96,7 +96,7 @@ def _data(run):
         "images per class": f"{head} (head), {median} (median), {tail} (tail)",
         "imbalance (head / tail)": f"{data['imbalance']:g}",
         "many-, medium- and few-shot classes": ", ".join(groups),
-        "test images": f"{data['test']:,}, the split {data['split']}",
+        "test images": f"{data['test']:,}, {tested_on(run.summary, data['split'])}",
         "SHA-256 of both parts": f"{data['sha256'][:16]}…",
     }
 
@@ -107,11 +107,14 @@ def _results(run):
     "The table of results, its heads in the first row; with intervals where there are any."
     summary, counts = run.summary, run.env["data"]["counts"]
     C, intervals = len(counts), summary.get("intervals")
-    over = [("top1", "all test images", C), ("mean_per_class", "mean over classes", C)]
+    over = [("top1", "all test images", C), ("mean_class", "mean over classes", C)]
     for group, ids in shot_groups(counts).items():
         over.append((group, f"{group}-shot classes ({_GROUPS[group]})", len(ids)))
-    rows = [["accuracy", "classes", "value"]]
-    rows += [[what, f"{n:,}", percent(summary.get(name))] for name, what, n in over]
+    images = summary.get("tested")
+    rows = [["accuracy", "classes", *(["test images"] if images else []), "value"]]
+    for name, what, n in over:
+        behind = [f"{images[name]:,}"] if images else []
+        rows.append([what, f"{n:,}", *behind, percent(summary.get(name))])
     if not intervals: return rows
     rows[0].append("95 % interval")
     for row, (name, *_) in zip(rows[1:], over):
@@ -218,7 +221,7 @@ def find_hub(): # the module `huggingface_hub`
 def _front_matter(run, license):
     "Lines of YAML for the hub."
     hub, data, task = find_hub(), run.env["data"], "image-classification"
-    named = {"top1": "accuracy", "mean_per_class": "accuracy, mean over classes"}
+    named = {"top1": "accuracy", "mean_class": "accuracy, mean over classes"}
     named |= {group: f"accuracy, {group}-shot classes" for group in _GROUPS}
     results = []
     for name, told in named.items():

@@ -26,7 +26,7 @@ from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
 from .records import Run
-from .report import accuracy_line, images_line, run_intervals
+from .report import accuracy_line, images_line, run_intervals, tested_on
 from .settings import LOCATIONS, DataSettings, LossSettings, NetworkSettings, OptimizerSettings
 from .settings import Recipe
 from .trainer import fit
@@ -148,7 +148,8 @@ def report_line(
     "What to tell at the end of a run."
     s = run.summary
     scores = s | {"intervals": run_intervals(run)}
-    accuracies = f"{accuracy_line(scores)}  (epoch {s['epochs']}, {s['seconds']:.0f} s)"
+    where = tested_on(s, run.env["data"]["split"])
+    accuracies = f"{accuracy_line(scores)}  ({where}; epoch {s['epochs']}, {s['seconds']:.0f} s)"
     lines = [accuracies, images_line(s, run.env["data"]), f"{run.path}/report.html"]
     return "\n".join(filter(None, lines))
 

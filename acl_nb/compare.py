@@ -17,8 +17,8 @@ from .checks import require, user_path
 from .commands import command
 from .intervals import paired_intervals, unpaired_intervals
 from .plots import FORCES, plot_balance, plot_balance_runs, plot_differences, plot_per_class
-from .records import Run
-from .report import fill_page, interval_text, percent, run_intervals
+from .records import Run, other_images
+from .report import fill_page, interval_text, is_balanced, percent, run_intervals, tested_on
 
 # %% ../nbs/740_compare.ipynb #4eb107cc
 class Side(NamedTuple):
@@ -65,8 +65,8 @@ def open_runs(
 def _without(values, *fields): return {k: v for k, v in values.items() if k not in fields}
 
 def _data(data):
-    short = str(data.get("sha256"))[:12]
-    return _without(data, "counts", "class_names", "classes", "left_out") | {"sha256": short}
+    short = {name: data[name][:12] for name in ("sha256", "sizes_sha256") if name in data}
+    return _without(data, "counts", "class_names", "classes", "left_out") | short
 
 def _environment(env): return _without(env, "data", "setup", "plugins") | env.get("setup", {})
 
@@ -93,9 +93,9 @@ def differing_settings(
             "environment": _differing([_environment(side.run.env) for side in sides])}
 
 # %% ../nbs/740_compare.ipynb #4905c38a
-_ACCURACIES = ("top1", "mean_per_class", "many", "medium", "few")
+_ACCURACIES = ("top1", "mean_class", "many", "medium", "few")
 
-def _same_data(first, other): return first.data.get("sha256") == other.data.get("sha256")
+def _same_data(first, other): return not other_images(first.run, other.data)
 
 def _can_be_paired(first, other):
     kept = first.made is not None and other.made is not None
@@ -151,6 +151,7 @@ def _result(side):
             "recipe": run.recipe["name"], "loss": run.recipe["loss"],
             "seed": run.recipe["seed"], "epochs": side.scores["epochs"],
             "test_images": side.data["test"] if side.made is None else len(side.made["labels"]),
+            "split": side.data.get("split", "test"), "tested": side.scores.get("tested"),
             "accuracies": {name: side.scores.get(name) for name in _ACCURACIES},
             "intervals": side.scores["intervals"],
             "per_class": side.scores["per_class"]}
@@ -190,15 +191,25 @@ def _settings_table(differing):
     return rows
 
 # %% ../nbs/740_compare.ipynb #7b15bdc6
+def _test_scores(run):
+    "The accuracies of a run, and the test images behind them where they are known."
+    return run["accuracies"] | ({"tested": run["tested"]} if run["tested"] else {})
+
+def _images(runs, name):
+    "How many test images are behind an accuracy, one number or each run's; empty where one is not known."
+    numbers = [run["tested"][name] if run["tested"] else None for run in runs]
+    if None in numbers: return ""
+    return f", {' and '.join(f'{n:,}' for n in dict.fromkeys(numbers))} images"
+
 def _accuracy_names(result):
     "The accuracies that at least one run has, and how they are called."
     runs = [run["accuracies"] for run in result["runs"]]
-    even = all(percent(run["mean_per_class"]) in ("–", percent(run["top1"])) for run in runs)
+    even = all(is_balanced(_test_scores(run)) for run in result["runs"])
     names = {"top1": "all classes" if even else "all images"}
-    if not even: names["mean_per_class"] = "mean over classes"
+    if not even: names["mean_class"] = "mean over classes"
     names |= {group: f"{group}-shot" for group in ("many", "medium", "few")}
     known = [name for name in names if any(run[name] is not None for run in runs)]
-    return {name: names[name] for name in known}
+    return {name: names[name] + _images(result["runs"], name) for name in known}
 
 def _accuracy_table(result):
     "Head, and name -> cells: the accuracies of the runs and their differences."
@@ -224,6 +235,8 @@ def _aligned(head, rows):
     return ["  ".join(row).rstrip() for row in padded]
 
 # %% ../nbs/740_compare.ipynb #1cc62ce8
+def _tested_on(run): return f"{run['test_images']:,} test images, {tested_on(_test_scores(run), run['split'])}"
+
 def comparison_text(
     result:dict,  # of `compare_runs`
 ) -> str:         # lines
@@ -231,7 +244,7 @@ def comparison_text(
     runs = result["runs"]
     letters = [run["letter"] for run in runs]
     lines = [f"{run['letter']}  {run['path']}: {run['recipe']} with {run['loss']}, "
-             f"seed {run['seed']}, {run['epochs']} epochs, {run['test_images']:,} test images"
+             f"seed {run['seed']}, {run['epochs']} epochs, {_tested_on(run)}"
              for run in runs]
     settings = _settings_table(result["differing"])
     if settings: lines += ["", "settings that differ", *_aligned(letters, settings)]
@@ -311,8 +324,8 @@ def write_comparison(
     runs = result["runs"]
     folded = {"Accuracy of every class": _class_rows(result)}
     folded |= {f"Recipe of {side.letter}": side.run.recipe for side in sides}
-    images = " and ".join(dict.fromkeys(f"{run['test_images']:,}" for run in runs))
-    lead = f"{images} test images, {len(result['classes'])} classes."
+    tested = "; and ".join(dict.fromkeys(map(_tested_on, runs)))
+    lead = f"{len(result['classes'])} classes; {tested}."
     n, (head, rows) = len(runs), _accuracy_table(result)
     shown = {"runs": runs, "notes": result["notes"], "letters": head[:n], "pairs": head[n:],
              "accuracies": {name: cells[:n] for name, cells in rows.items()},

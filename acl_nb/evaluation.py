@@ -29,7 +29,7 @@ from .predict import Adjustment, adjusted_logits
 from .priors import adjust, held_prior, plot_shift, shift_curve, tune_tau
 from .processes import world_size
 from .records import Run, write_bytes, write_json, write_predictions
-from .report import accuracy_line, class_rows, percent, write_page
+from .report import accuracy_line, class_rows, percent, tested_on, write_page
 
 # %% ../nbs/710_evaluation.ipynb #396e1be3
 def _part(parts, split):
@@ -133,14 +133,19 @@ def _figures(result, counts, names):
             "shift": plot_shift(result["shift"], "Under other class frequencies")}
 
 # %% ../nbs/710_evaluation.ipynb #85d8a44b
-def _lead(result, parts):
-    "What the page's numbers are of."
+def _what(result, parts, split):
+    "How many images the numbers are of, which, and how even they are."
     n, C = len(result["predictions"]["labels"]), len(parts.data.classes)
-    said = f"{n:,} images, {C} classes."
+    name = parts.data.split if split == "test" else split
+    return f"{n:,} images of {C} classes, {tested_on(result['scores'], name)}"
+
+def _lead(result, parts, split):
+    "What the page's numbers are of."
+    said = f"{_what(result, parts, split)}."
     if "difference" not in result: return said
     said = f"{said} The network was adjusted: {result['adjustment']}."
-    before = percent(result["before"]["mean_per_class"])
-    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
+    before = percent(result["before"]["mean_class"])
+    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_class"])
     return f"{said} Before: {before} over classes; the difference: {apart} points ({low} to {high})."
 
 def _write_page(result, run, parts, path, split):
@@ -151,7 +156,7 @@ def _write_page(result, run, parts, path, split):
     folded = {"Feature space": result["space"], "Accuracy of every class": per_class}
     folded["Recipe"] = run.recipe
     figures = _figures(result, counts, names)
-    write_page(path, title, _lead(result, parts), result["scores"], figures, folded)
+    write_page(path, title, _lead(result, parts, split), result["scores"], figures, folded)
 
 # %% ../nbs/710_evaluation.ipynb #a2acb571
 def write_evaluation(
@@ -184,7 +189,7 @@ def _scores_line(scores):
 
 def _change_line(result):
     "What an adjustment made of a network."
-    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_per_class"])
+    apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_class"])
     changed = f"{result['adjustment']}: {_scores_line(result['scores'])}"
     return f"{changed}\nmean over classes {apart} points ({low} to {high}), on the same images"
 
@@ -199,9 +204,8 @@ def _space_line(space):
 def _lines(result, run, parts, split):
     "What is told on the terminal."
     plain = result.get("before", result["scores"])
-    n, C = len(result["predictions"]["labels"]), len(parts.data.classes)
-    what = f"{run.recipe['name']} with {run.recipe['loss']}, {split}"
-    lines = [f"{what}: {n:,} images, {C} classes", _scores_line(plain)]
+    run_of = f"{run.recipe['name']} with {run.recipe['loss']}"
+    lines = [f"{run_of}: {_what(result, parts, split)}", _scores_line(plain)]
     if split == "test": lines.append(_agreement(plain, run.summary))
     lines.append(_space_line(result["space"]))
     if "before" in result: lines.append(_change_line(result))

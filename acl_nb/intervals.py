@@ -37,7 +37,7 @@ def _weights(total, counts):
     "name -> float64 [C], what a right answer of each class adds to it; None for an empty group."
     require(len(counts) == len(total), f"`counts` must have {len(total)} entries", len(counts))
     tested = total > 0
-    members = {"mean_per_class": tested}
+    members = {"mean_class": tested}
     for group, ids in shot_groups(counts).items():
         members[group] = tested & np.isin(np.arange(len(total)), ids)
     weights = {"top1": np.full(len(total), 1 / total.sum())}
@@ -99,7 +99,7 @@ def accuracy_intervals(
     level:float=.95,  # share of the resamples within the interval
     draws:int=2000,   # number of resamples
     seed:int=0,       # of the resamples
-) -> dict:            # top1, mean_per_class, many, medium, few: (low, high), or None for an empty group
+) -> dict:            # top1, mean_class, many, medium, few: (low, high), or None for an empty group
     "Bootstrap over the test images, class by class: where each accuracy lies."
     _check(level, draws)
     _, total = _tally(made, len(counts))

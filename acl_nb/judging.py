@@ -104,6 +104,8 @@ def place_means(
     network.set_sums(class_sums(parts, network, network.embed, empty, interrupts))
 
 # %% ../nbs/555_judging.ipynb #c229ab6b
+_OF_BOTH = ("top1", "mean_class", "many", "medium", "few")     # told of class means too
+
 def test_network(
     network:Network,  # that is tested: the trained one, or an average of its weights
     parts:Parts,      # of the run
@@ -120,4 +122,4 @@ def test_network(
     scores = evaluate_predictions(made, parts.data.counts)
     if by_means is None: return scores, made
     others = evaluate_predictions({**made, "predicted": by_means}, parts.data.counts)
-    return scores | {f"{k}_by_means": others[k] for k in ("top1", "many", "medium", "few")}, made
+    return scores | {f"{k}_by_means": others[k] for k in _OF_BOTH}, made

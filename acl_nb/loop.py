@@ -193,6 +193,10 @@ def count_step(
     if on_cpu or not run.values or run.step % READ_EVERY == 0: read_steps(run)
 
 # %% ../nbs/560_loop.ipynb #16c81237
+def _made_by(run):
+    "The class of the optimiser, whose state means nothing to another one."
+    return {"made_by": type(run.parts.optimizer).__name__}
+
 def checkpoint_of(
     run:Standing,   # as it is; all processes together
 ) -> Checkpoint:
@@ -202,17 +206,37 @@ def checkpoint_of(
     return Checkpoint(
         epoch=run.epoch, batch=run.batch, step=run.step, seconds=time.perf_counter() - run.clock,
         run=fingerprint(run.parts.recipe), setup=run.parts.setup, sums=run.sums, grown=run.grown,
-        learnt={name: part.state_dict() for name, part in run.parts.learning().items()},
+        learnt={name: part.state_dict() for name, part in run.parts.learning().items()} | _made_by(run),
         callbacks={name: c.state_dict() for name, c in named if hasattr(c, "state_dict")},
         tested={"scores": run.scores, "predictions": run.predictions},
         random=gather_objects(random_state()), notes=getattr(run.parts.train, "notes", None))
 
 # %% ../nbs/560_loop.ipynb #bf3807b4
+_LOST = "a run can't go on without what its checkpoint holds"
+
+def _require_restorable(run, found):
+    "Refuse a checkpoint of which something would be lost."
+    here, then = _made_by(run)["made_by"], found.learnt.get("made_by")
+    named = f"{_LOST}: the optimiser must be the recipe's {here}, and no callback may replace it (see `optimizer`)"
+    require(then in (None, here), named, then)
+    groups = [len(state["param_groups"]) for state in
+              (run.parts.optimizer.state_dict(), found.learnt["optimizer"])]
+    require(groups[0] == groups[1], f"{_LOST}: its optimiser must have {groups[0]} groups", groups[1])
+    gone = sorted(set(found.callbacks) - set(callback_names(run.callbacks)))
+    require(not gone, f"{_LOST}: the callbacks must be those it was saved with", f"none named {', '.join(gone)}")
+
+def _require_kept(before, run):
+    "What learns must be what the checkpoint was put into."
+    for name, part in run.parts.learning().items():
+        fits = before.get(name, part) is part
+        require(fits, f"{_LOST}: a callback must not replace the {name} when it begins", type(part).__name__)
+
 def go_on_from(
     run:Standing,      # of the same recipe
     found:Checkpoint,  # where it stood
 ):
     "Take over where a checkpoint ends."
+    _require_restorable(run, found)
     run.epoch, run.batch, run.step, run.seconds = found.epoch, found.batch, found.step, found.seconds
     run.sums, run.grown, run.values, run.unread = dict(found.sums), dict(found.grown), [], []
     run.scores, run.predictions = found.tested["scores"], found.tested["predictions"]
@@ -237,15 +261,16 @@ def end_epoch(
     for name, total in run.sums.items(): row[name] = total / run.batch
     if run.epoch >= r.epochs - 5 or row["epoch"] % r.test_every == 0:
         run.scores, run.predictions = test_network(run.tested, run.parts, run.interrupts)
-        for group in ("top1", "many", "medium", "few"): row[group] = run.scores[group]
+        for name in ("top1", "mean_class", "many", "medium", "few"): row[name] = run.scores[name]
     run.history.append({**row, "seconds": time.perf_counter() - run.clock})
     run.epoch, run.batch, run.sums = run.epoch + 1, 0, {}
     run.seconds, run.clock = 0., time.perf_counter()
 
 # %% ../nbs/560_loop.ipynb #28282e2d
-def _set_rates(optimizer, rate):
-    "Each group's learning rate, from that of the heads."
-    for group in optimizer.param_groups: group["lr"] = rate * group.get("lr_scale", 1)
+def _set_rates(optimizer, rate, peak):
+    "Each group's learning rate, from that of the heads; a group of another maker keeps its own, as its peak."
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.setdefault("lr_scale", group["lr"] / peak)
 
 def _gradients_of_step(parts, batches, epoch, signs):
     "Gradients where the weights are or, with `sam`, from higher ground; the losses where they are."
@@ -266,7 +291,7 @@ class Training(Standing):
 
     def train_step(self, batches): # a list of one batch, or of `accumulate`
         p = self.parts
-        _set_rates(p.optimizer, p.lr(self.step))
+        _set_rates(p.optimizer, p.lr(self.step), p.recipe.lr)
         signs = []
         means = _gradients_of_step(p, batches, self.epoch, signs)
         self.tell("after_backward")
@@ -279,7 +304,9 @@ class Training(Standing):
 
     def run(self): # to the end, from wherever it is
         check_again()
+        before = self.parts.learning() if self.step else {}
         self.tell("begin")
+        _require_kept(before, self)
         while self.epoch < self.parts.recipe.epochs:
             self.clock = time.perf_counter() - self.seconds
             for batches in self.steps_left(): self.train_step(batches)

@@ -138,11 +138,15 @@ def _check_fields(settings):
     for field in settings:
         choose(field, known, "field")
 
+_OF_ITS_DATA = ("imbalance", "classes", "split")
+
 def _usual(name, overrides):
     "The settings of a recipe for the loss and the data that the user wants, before any other wish."
     settings = RECIPES[name]
     asked = settings | overrides
     loss, data = str(asked.get("loss", Recipe.loss)), str(asked.get("dataset", Recipe.dataset))
+    if data != settings.get("dataset", Recipe.dataset):
+        settings = {field: value for field, value in settings.items() if field not in _OF_ITS_DATA}
     of_loss = TRAITS[loss].usual if loss in TRAITS else {}
     of_both = DATA_LOSS_SETTINGS.get((data, loss), {})
     return {"name": name, **of_loss, **settings, **of_both}

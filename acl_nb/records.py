@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_bytes', 'write_text', 'write_json', 'write_predictions', 'append_row', 'read_rows', 'cut_rows', 'environment',
-           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'note_plugins', 'check_data']
+           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'note_plugins',
+           'other_images', 'check_data']
 
 # %% ../nbs/520_records.ipynb #88870aa3
 import gzip
@@ -168,6 +169,16 @@ def environment() -> dict: # plain values, ready for JSON
     return {**code, **libraries, **machine, **chosen}
 
 # %% ../nbs/520_records.ipynb #83810b31
+def _in_todays_names(summary):
+    "Earlier versions called the mean over classes otherwise, or wrote the accuracies of the classes alone."
+    if not summary or "per_class" not in summary: return summary
+    tested = [accuracy for accuracy in summary["per_class"] if accuracy is not None]
+    mean = sum(tested) / len(tested) if tested else None
+    here = {"mean_class": summary.pop("mean_per_class", mean)} | summary
+    found = here.get("intervals") or {}
+    if "mean_per_class" in found: found["mean_class"] = found.pop("mean_per_class")
+    return here
+
 class RunFiles:
     "The files of a run folder, each read when it is asked for."
     def __init__(self,
@@ -181,8 +192,12 @@ class RunFiles:
 
     recipe  = property(lambda self: self._json("recipe.json"), doc="Settings, as a dict.")
     env     = property(lambda self: self._json("env.json"), doc="Environment and data, as a dict.")
-    summary = property(lambda self: self._json("summary.json"), doc="Results; None before the end.")
     history = property(lambda self: read_rows(self.path/HISTORY), doc="A dict per epoch.")
+
+    @property
+    def summary(self): # a dict; None before the end
+        "Results, with today's names."
+        return _in_todays_names(self._json("summary.json"))
 
     @property
     def balance(self): # dicts: epoch, balance (attraction, wrong_way, repulsion [C]; conflict_rate)
@@ -358,10 +373,21 @@ def note_plugins(
     if noted != env: write_json(run.path/"env.json", noted)
 
 # %% ../nbs/520_records.ipynb #c8148a4c
+_OF_IMAGES = {"sha256": "other names or labels", "sizes_sha256": "files of other sizes"}
+
+def other_images(
+    run:Run,    # that noted its data
+    data:dict,  # of `LongTailed.describe`, of the data at hand
+) -> str:       # empty where nothing tells them apart
+    "In what the images at hand differ from those of a run, as far as both are noted."
+    then = (run.env or {}).get("data") or {}
+    return next((what for key, what in _OF_IMAGES.items()
+                 if then.get(key) and data.get(key) and then[key] != data[key]), "")
+
 def check_data(
-    run:Run,     # that goes on
-    sha256:str,  # of the data at hand, as in `LongTailed.describe`
+    run:Run,    # that goes on
+    data:dict,  # of `LongTailed.describe`, of the data at hand
 ):
     "Refuse data that are not those the run in the folder began with."
-    then = ((run.env or {}).get("data") or {}).get("sha256")
-    require(then in (None, sha256), f"{run.path} holds a run on other images; choose another --out, or delete it")
+    what = other_images(run, data)
+    require(not what, f"{run.path} holds a run on other images ({what}); choose another --out, or delete it")

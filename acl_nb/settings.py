@@ -15,7 +15,7 @@ from typing import get_args
 
 from .checks import choose, require
 from .counts import KINDS
-from .datasets import DATASETS, facts_of
+from .datasets import DATASETS, FACTS, facts_of
 from .datasets.stored import check_stored
 from .finetuning import CLASSIFIER_INIT, DECAY, FREEZE, STATISTICS, check_finetuning
 from .loading import SAMPLING
@@ -69,7 +69,7 @@ class DataSettings:
     size: int | None = setting(None, at_least(1))        # side of what the encoder sees, pixels; None: usual
     on_error: str | None = setting(None, one_of(("raise", "skip")))  # at a bad image; None: raise
     background: str | None = setting(None)               # below what is transparent; None: white
-    imbalance: float | str = setting(20.0, at_least(1, _RATIO))  # largest / smallest; as_is: uncut
+    imbalance: float | str | None = setting(None, at_least(1, _RATIO))  # as_is: uncut; None: as usual
     kind: str = setting("exp", one_of(KINDS))            # of the tail: exp | step | balanced
     subset_seed: int = setting(0, seed_number)           # of the draw; the literature uses 0
     n_max: float | None = setting(None, at_least(1))     # of the largest class; None: the data's
@@ -193,7 +193,8 @@ def _check_data(r):
         value = getattr(r, name)
         fits = value is None or name in facts.reads
         require(fits, f"`{name}` must be none: {r.dataset} leaves no choice of it", value)
-    fits = r.imbalance != "as_is" or facts.imbalance == "as_is"
+    own = r.dataset not in FACTS
+    fits = r.imbalance != "as_is" or facts.imbalance == "as_is" or own
     rule = f"`imbalance` must be a number: {r.dataset} is cut to a long tail (1 is balanced)"
     require(fits, rule, "as_is")
 
@@ -275,4 +276,7 @@ class Recipe(OptimizerSettings, LossSettings, NetworkSettings, DataSettings):   
     def __post_init__(self):
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+        if self.imbalance is None:
+            usual = facts_of(self.dataset).imbalance
+            object.__setattr__(self, "imbalance", usual if usual == "as_is" else float(usual))
         _check_together(self)

@@ -76,7 +76,7 @@ def _start(recipe, out, found, accelerator, workers):
     def write():
         if found is None: begin_folder(recipe, out, data, parts.setup)
         else:
-            check_data(Run(out), data["sha256"])
+            check_data(Run(out), data)
             note_plugins(Run(out))
     from_first(write)
     if found is None and recipe.classifier_init == "means": _classifier_from_means(parts)

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,14 +16,16 @@ import torch
 from PIL import Image
 
 from acl_nb import build
+from acl_nb.answers import open_run
 from acl_nb.checks import BadInput
-from acl_nb.cli import default_folder
+from acl_nb.cli import default_folder, resolve
 from acl_nb.datasets.decoders import Note
 from acl_nb.datasets.objects import dataset_lt
 from acl_nb.datasets.own import folder_lt
 from acl_nb.inventory import check_data
-from acl_nb.recipes import read_recipe, recipe
+from acl_nb.recipes import read_recipe, recipe, recipe_from
 from acl_nb.records import Run
+from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
 
 def picture(k, size=(12, 10)):
@@ -196,14 +199,63 @@ def test_a_process_that_would_see_one_view_is_refused(monkeypatch):
     with pytest.raises(BadInput, match="a process's batch must hold at least two views, for its batch statistics; got 1"):
         build.build(one_view, SimpleNamespace(device=torch.device("cpu"), is_local_main_process=True))
 
-def test_a_test_set_that_is_not_balanced_is_told_by_images_and_by_classes(tmp_path):
-    for c, n in {"a": 40, "b": 10, "c": 5}.items():
-        for i in range(n): saved(tmp_path/f"d/{c}/{i}.png", picture(100 * ord(c) + i))
-    done = train(["digits_lt", "--data", "d", "--out", "run", "--workers", "0", *settings(dataset="folder_lt", imbalance="as_is", batch_size=8)], tmp_path)
-    s = Run(tmp_path/"run").summary
-    tested = [n for n in s["per_class"] if n is not None]
-    assert s["mean_per_class"] == pytest.approx(sum(tested) / 3) and s["top1"] != s["mean_per_class"]
-    assert "all images " in done.stdout and "mean over classes " in done.stdout and "balanced" not in done.stdout
+def shares(predictions, counts):
+    "Accuracies, counted one image at a time: over all images, over classes, and over the classes of each group."
+    right, total = [0] * len(counts), [0] * len(counts)
+    for label, said in zip(predictions["labels"].tolist(), predictions["predicted"].tolist()):
+        total[label] += 1
+        right[label] += label == said
+    of_class = {c: right[c] / n for c, n in enumerate(total) if n}
+    groups = {"many": [c for c in of_class if counts[c] > 100], "few": [c for c in of_class if counts[c] < 20],
+              "medium": [c for c in of_class if 20 <= counts[c] <= 100], "mean_class": list(of_class)}
+    found = {name: sum(of_class[c] for c in members) / len(members) for name, members in groups.items() if members}
+    images = {name: sum(total[c] for c in members) for name, members in groups.items()}
+    return found | {"top1": sum(right) / sum(total)}, images | {"top1": sum(total)}
+
+NAMES = {"top1": "all images", "mean_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
+
+def test_terminal_report_and_files_say_the_same_of_a_test_set_that_is_not_balanced(tmp_path):
+    for part, sizes in {"train": (130, 40, 5), "test": (30, 12, 4)}.items():
+        for c, n in zip("abc", sizes):
+            for i in range(n): saved(tmp_path/f"d/{part}/{c}/{i}.png", picture(100 * ord(c) + i).point(lambda v: v // (ord(c) - 95)))
+    done = train(["digits_lt", "--data", "d", "--out", "run", "--workers", "0", *settings(dataset="folder_lt", batch_size=8)], tmp_path)
+    run = Run(tmp_path/"run")
+    first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-2]
+    assert first == ("folder_lt: 175 images of 3 classes, 130 to 5, imbalance 26; tested on 46, split test, "
+                     "4 to 30 of a class: not balanced (many 30, medium 12, few 4)")
+    assert "split test, 4 to 30 of a class: not balanced" in last
+    by_hand, images = shares(run.predictions, [130, 40, 5])
+    assert by_hand["top1"] != by_hand["mean_class"]
+    page = (tmp_path/"run/report.html").read_text()
+    for name, value in by_hand.items():
+        assert run.summary[name] == pytest.approx(value) == run.history[-1][name]
+        assert run.summary["tested"][name] == images[name]
+        low, high = (100 * bound for bound in run.summary["intervals"][name])
+        behind = f"{low:.1f}–{high:.1f}, {images[name]} images"
+        assert f"{NAMES[name]} {value:.1%} ({behind})" in last
+        shot = "-shot" if name in ("many", "medium", "few") else ""
+        assert f"<b>{value:.1%}</b>{NAMES[name]}{shot}<small>{behind}</small>" in page
+
+def test_a_folder_is_never_cut_unasked(tmp_path):
+    for c, n in {"a": 30, "b": 12, "c": 5}.items():
+        for i in range(n): saved(tmp_path/f"d/{c}/{i}.png", picture(i))
+    asked = dict(dataset="folder_lt", data=str(tmp_path/"d"))
+    (tmp_path/"mine.json").write_text(json.dumps(asked))
+    options = [f"{field}={value}" for field, value in asked.items()]
+    silent = [Recipe(**asked), recipe("digits_lt", **asked), recipe("emoji_lt", **asked), recipe_from(asked, "mine"),
+              read_recipe(tmp_path/"mine.json"), resolve("cifar10_lt", pairs=options)[0], resolve(file=tmp_path/"mine.json")[0]]
+    assert [build.build_data(r).counts.tolist() for r in silent] == [[24, 10, 4]] * len(silent)
+    assert resolve("digits_lt", options={"imbalance": "2"}, pairs=options)[0].imbalance == 2.0
+
+def test_other_images_than_a_runs_are_refused(tmp_path):
+    for c in "ab":
+        for i in range(6): saved(tmp_path/f"d/{c}/{i}.png", picture(100 * ord(c) + i))
+    shutil.copytree(tmp_path/"d", tmp_path/"moved")
+    fit(recipe("digits_lt", dataset="folder_lt", data=str(tmp_path/"d"), **SMALL | {"batch_size": 4}), tmp_path/"run", quiet=True, workers=0)
+    open_run(tmp_path/"run", tmp_path/"moved")
+    saved(tmp_path/"moved/a/0.png", picture(7, size=(20, 20)))
+    with pytest.raises(BadInput, match="on the images it was trained with; got files of other sizes"):
+        open_run(tmp_path/"run", tmp_path/"moved")
 
 # ---- data sets that are objects
 

@@ -36,7 +36,7 @@ def colours(tmp_path_factory):
     r = Recipe(name="colours", dataset="folder_lt", data=str(root/"data"), imbalance="as_is", size=16, policy="eval",
                encoder="resnet8_tiny", loss="ce", centers="none", epochs=12, batch_size=8, lr=0.02, precision="fp32")
     run = fit(r, root/"run", quiet=True, workers=0)
-    assert run.summary["mean_per_class"] == 1
+    assert run.summary["mean_class"] == 1
     (root/"data").rename(root/"gone")
     for path in sorted((root/"gone").rglob("*"), reverse=True): path.rmdir() if path.is_dir() else path.unlink()
     return run

@@ -106,4 +106,7 @@ def facts_of(
     if name in FACTS: return FACTS[name]
     build = choose(name, DATASETS, "data set")
     takes = inspect.signature(build).parameters
-    return Facts(build, tuple(_ARGUMENTS.get(argument, argument) for argument in takes if argument != "data"))
+    reads = tuple(_ARGUMENTS.get(argument, argument) for argument in takes if argument != "data")
+    usual = takes["imbalance"].default if "imbalance" in takes else None
+    if usual in (None, inspect.Parameter.empty): usual = "as_is"
+    return Facts(build, reads, imbalance=usual)

@@ -149,6 +149,11 @@ def cut_by(self:Pictures,
     return other
 
 # %% ../../nbs/150_datasets.files.ipynb #d6c68782
+def _size(root, name):
+    "Bytes of a file; -1 where there is none."
+    try: return os.stat(os.path.join(root, name)).st_size
+    except OSError: return -1
+
 class ImageFiles(Pictures):
     "Image files below a root; an item is (image uint8 [3, H, W], label, position)."
     def __init__(self,
@@ -185,6 +190,11 @@ class ImageFiles(Pictures):
         sha,  # a hashlib object; takes every path and label, in order, not the pixels
     ):
         self.index.digest_into(sha)
+
+    def sizes(self, most=10_000): # int64, bytes of so many of the files, evenly spread; None of packed ones
+        if is_packed(self.root): return None
+        step = -(-len(self) // most) or 1
+        return torch.tensor([_size(self.root, self.index.path(i)) for i in range(0, len(self), step)])
 
 # %% ../../nbs/150_datasets.files.ipynb #888f1215
 def _decodes(images, name):

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 from ..checks import choose, require
-from ..counts import class_counts, long_tail_indices
+from ..counts import class_counts, long_tail_indices, shot_groups, spread_in_words
 
 # %% ../../nbs/100_datasets.longtailed.ipynb #77217e7d
 def int64_bytes(
@@ -63,10 +63,10 @@ class ImageArray(Dataset):
 # %% ../../nbs/100_datasets.longtailed.ipynb #b58d8239
 @dataclass
 class LongTailed:
-    "A long-tailed training set with its balanced test set."
+    "A long-tailed training set with its test set."
     name: str            # of the builder
     train: Dataset       # items (image uint8 [C, H, W], label, position)
-    test: Dataset        # the same, balanced, disjoint from `train`
+    test: Dataset        # the same, disjoint from `train`; balanced where we cut it
     classes: list        # names, head to tail
     mean: tuple          # of each channel, of pixels in 0..1
     std: tuple           # of each channel
@@ -84,6 +84,12 @@ def _digest(*parts):
     sha = hashlib.sha256()
     for part in parts: part.digest_into(sha)
     return sha.hexdigest()
+
+def _size_digest(*parts):
+    "An entry of the record where the images are single files; else none."
+    found = [part.sizes() for part in parts if hasattr(part, "sizes")]
+    if len(found) < len(parts) or any(sizes is None for sizes in found): return {}
+    return {"sizes_sha256": hashlib.sha256(b"".join(map(int64_bytes, found))).hexdigest()}
 
 # %% ../../nbs/100_datasets.longtailed.ipynb #bc1c6c45
 @patch
@@ -103,8 +109,23 @@ def describe(
         "counts": counts.tolist(),
         "imbalance": round(largest / smallest, 3),
         "sha256": _digest(self.train, self.test),
+        **_size_digest(self.train, self.test),
         **self.notes,
     }
+
+# %% ../../nbs/100_datasets.longtailed.ipynb #c0de0022
+@patch
+def in_words(
+    self:LongTailed,  # a built set
+) -> str:             # one line
+    "What is trained on, and what is tested on, with the test images of each shot group."
+    counts, tested = self.counts, torch.bincount(self.test.labels, minlength=len(self.classes))
+    high, low = counts.max().item(), counts.min().item()
+    groups = {name: f"{int(tested[ids].sum()):,}" if len(ids) else "–" for name, ids in shot_groups(counts).items()}
+    told = ", ".join(f"{name} {n}" for name, n in groups.items())
+    return (f"{self.name}: {len(self.train):,} images of {len(self.classes):,} classes, "
+            f"{high:,} to {low:,}, imbalance {high / max(low, 1):.4g}; tested on {len(self.test):,}, "
+            f"split {self.split}, {spread_in_words(tested)} ({told})")
 
 # %% ../../nbs/100_datasets.longtailed.ipynb #6db4c2a1
 def _all_but(ids, n):

@@ -26,13 +26,15 @@ def _add_line(fig, row, history, key, name, **line):
 
 # %% ../../nbs/060_plots.runs.ipynb #502e4b67
 def plot_curves(
-    history:list,  # one dict per epoch: epoch, loss, top1, many, medium, few
+    history:list,  # one dict per epoch: epoch, loss, top1, mean_class, many, medium, few
     title:str="",  # of the figure
 ) -> go.Figure:
     "Training loss and test accuracy over the epochs."
     fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.06, row_heights=[.4, .6])
     _add_line(fig, 1, history, "loss", "training loss", color=NEUTRAL)
-    _add_line(fig, 2, history, "top1", "all classes", color="black", width=3)
+    uneven = any(abs(h["mean_class"] - h["top1"]) > 1e-9 for h in history if "mean_class" in h)
+    _add_line(fig, 2, history, "top1", "all images" if uneven else "all classes", color="black", width=3)
+    if uneven: _add_line(fig, 2, history, "mean_class", "mean over classes", color="black", dash="dot")
     for group, colour in GROUP_COLOURS.items():
         _add_line(fig, 2, history, group, group, color=colour, width=1.5)
     fig.update_yaxes(title="loss", row=1, col=1)
