@@ -28,7 +28,7 @@ test-browser: $(NEEDS) ## the explorers and the site in a real browser, which mu
 
 # Both checks work on a copy, so that a check changes nothing and needs no commit.
 COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs bench $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
-SKIP = -x live.js -x __pycache__ -x .ipynb_checkpoints -x runs
+SKIP = -x live.js -x templates -x __pycache__ -x .ipynb_checkpoints -x runs
 
 clean-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_clean && diff -rq $(SKIP) $(CURDIR)/nbs nbs || { echo 'notebooks are not clean: run nbdev_clean'; exit 1; }

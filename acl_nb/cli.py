@@ -15,7 +15,6 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-from .callbacks import TRACKERS
 from .checks import BadInput, choose, require, user_path
 from .commands import command, text_table
 from .datasets import DATASETS, facts_of
@@ -29,6 +28,7 @@ from .records import Run
 from .report import accuracy_line, images_line, run_intervals, tested_on
 from .settings import LOCATIONS, DataSettings, LossSettings, NetworkSettings, OptimizerSettings
 from .settings import Recipe
+from .trackers import TRACKERS
 from .trainer import fit
 
 # %% ../nbs/750_cli.ipynb #f6ea9614

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .build import build, find_setup, start_processes
-from .callbacks import TRACKERS, Ema, Progress, Saver
+from .callbacks import Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
 from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
@@ -26,6 +26,7 @@ from .processes import Stopped, all_or_none, from_first, rank, require_same, wor
 from .records import Run, begin_folder, check_data, fingerprint, hold_folder
 from .records import note_plugins, open_folder
 from .settings import Recipe
+from .trackers import TRACKERS
 
 # %% ../nbs/590_trainer.ipynb #5d8196fb
 def _resume(asked):
