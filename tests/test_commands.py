@@ -13,8 +13,8 @@ import pytest
 import acl_nb
 from acl_nb.callbacks import TRACKERS
 from acl_nb.checks import code_commit
-from acl_nb.cli import ACTIONS
 from acl_nb.datasets import BENCHMARKS, DATASETS
+from acl_nb.inventory import ACTIONS
 from acl_nb.losses import LOSSES
 from acl_nb.recipes import RECIPES
 from acl_nb.settings import Recipe

@@ -33,7 +33,7 @@ def run(args, monkeypatch, capsys):
     code = 0
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder)/"acl_data"
-        script.write_text("import sys\nfrom acl_nb.cli import acl_data\nsys.exit(acl_data())\n")        # what pip makes of settings.ini
+        script.write_text("import sys\nfrom acl_nb.inventory import acl_data\nsys.exit(acl_data())\n")        # what pip makes of settings.ini
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
         try: runpy.run_path(str(script), run_name="__main__")
         except SystemExit as e: code = e.code or 0
@@ -201,7 +201,7 @@ def test_a_list_that_is_not_the_published_one_changes_nothing(tiny, tmp_path, mo
     assert (tmp_path/"ImageNet_LT_train.txt").read_text() == "mine" and not list(tmp_path.glob("*.part"))
 
 def test_a_fresh_process_ends_with_2_and_no_traceback(tmp_path):
-    code = "import sys; sys.argv[0] = 'acl_data'; from acl_nb.cli import acl_data; acl_data()"
+    code = "import sys; sys.argv[0] = 'acl_data'; from acl_nb.inventory import acl_data; acl_data()"
     (tmp_path/"go.py").write_text(code)
     r = subprocess.run([sys.executable, "go.py", "fech"], cwd=tmp_path, capture_output=True, text=True)
     assert (r.returncode, r.stdout, r.stderr) == (2, "", "error: unknown action 'fech': did you mean fetch?\n")

@@ -16,10 +16,11 @@ from PIL import Image
 
 from acl_nb import build
 from acl_nb.checks import BadInput
-from acl_nb.cli import check_data, default_folder
+from acl_nb.cli import default_folder
 from acl_nb.datasets.decoders import Note
 from acl_nb.datasets.objects import dataset_lt
 from acl_nb.datasets.own import folder_lt
+from acl_nb.inventory import check_data
 from acl_nb.recipes import read_recipe, recipe
 from acl_nb.records import Run
 from acl_nb.trainer import fit

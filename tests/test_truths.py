@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from acl_nb import doctor
 from acl_nb.checks import BadInput, usable_cpus
-from acl_nb.cli import acl_data, acl_train
+from acl_nb.cli import acl_train
 from acl_nb.commands import argument_parser, command
 from acl_nb.doctor import acl_doctor
 from acl_nb.evaluation import acl_eval
+from acl_nb.inventory import acl_data
 from acl_nb.losses import LOSSES, loss_traits, make_loss
 from acl_nb.recipes import recipe, recipe_from
 from acl_nb.studies import acl_study
@@ -286,20 +287,20 @@ def test_vews_is_views_by_the_installed_command(monkeypatch, capsys):
     ended = exit_of(lambda: runpy.run_path(script, run_name="__main__"), capsys)
     assert ended == (2, "error: unknown option --vews: did you mean --views?\n")
 
-def program(tmp_path, name, *args, **env):
-    "A process that runs a command as a script does: (arguments of Popen)."
+def program(tmp_path, module, name, *args, **env):
+    "A process that runs a function of a module as a script does: (arguments of Popen)."
     path = tmp_path/"program.py"
-    path.write_text(f"from acl_nb.cli import {name}\n{name}()\n")
+    path.write_text(f"from acl_nb.{module} import {name}\n{name}()\n")
     folders = os.pathsep.join(p for p in sys.path if p)
     env = {**os.environ, "PYTHONPATH": folders, **env}
     form = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=env)
     return [sys.executable, path, *args], form
 
-@pytest.mark.parametrize("name, word, unbuffered", [("acl_train", "--list", ""), ("acl_data", "list", "1")])
-def test_a_closed_pipe_ends_a_command_quietly(tmp_path, name, word, unbuffered):
+@pytest.mark.parametrize("module, name, word, unbuffered", [("cli", "acl_train", "--list", ""), ("inventory", "acl_data", "list", "1")])
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, module, name, word, unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
-    words, form = program(tmp_path, name, word, PYTHONUNBUFFERED=unbuffered)
+    words, form = program(tmp_path, module, name, word, PYTHONUNBUFFERED=unbuffered)
     done = subprocess.run(words, stdout=writer, **form)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
