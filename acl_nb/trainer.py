@@ -173,10 +173,10 @@ def fit(
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
     tensorboard:bool=False,  # the same as track="tensorboard", which writes to out/tensorboard
-    workers:int=None,        # loading processes; None: none for images in memory, else one per CPU, up to 8
+    workers:int|None=None,   # loading processes; None: none for images in memory, else one per CPU, up to 8
     callbacks=(),            # more objects with methods named like events, see `acl_nb.callbacks`
     hooks=(),                # the same, by the name they had once
-    track:str=None,          # show the run to trackio | wandb | tensorboard, see `TRACKERS`
+    track:str|None=None,     # show the run to trackio | wandb | tensorboard, see `TRACKERS`
 ) -> Run:                    # the finished run; None for a process that does not see its folder
     "Train a recipe into a run folder (`acl_nb.records`). Seeds the random numbers of Python, numpy and torch."
     require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
