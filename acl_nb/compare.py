@@ -68,7 +68,12 @@ def _data(data):
     short = {name: data[name][:12] for name in ("sha256", "sizes_sha256") if name in data}
     return _without(data, "counts", "class_names", "classes", "left_out") | short
 
-def _environment(env): return _without(env, "data", "setup") | env.get("setup", {})
+def _environment(env): return _without(env, "data", "setup", "plugins") | env.get("setup", {})
+
+def _recipe(run):
+    "The settings, with the digest of each plugin beside them: another file makes another experiment."
+    digests = {plugin["file"]: plugin["sha256"][:12] for plugin in run.env.get("plugins", [])}
+    return _without(run.recipe, "data") | digests
 
 def _differing(settings):
     "field -> its value in each of the dicts, for fields that are not the same in all."
@@ -83,7 +88,7 @@ def differing_settings(
     sides:list,  # of `open_runs`
 ) -> dict:       # recipe, data, environment: each field -> one value per run
     "What the runs do not have in common."
-    return {"recipe": _differing([_without(side.run.recipe, "data") for side in sides]),
+    return {"recipe": _differing([_recipe(side.run) for side in sides]),
             "data": _differing([_data(side.data) for side in sides]),
             "environment": _differing([_environment(side.run.env) for side in sides])}
 
