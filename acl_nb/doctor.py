@@ -276,6 +276,8 @@ def acl_doctor(
 ): # prints
     "Check this machine, and how long a recipe would take on it; exit code 1 when something fails."
     require(name or not (data or loss), "--data and --loss need a recipe")
+    rule = "acl_doctor takes a recipe by its name; a file's recipe is examined where it is trained"
+    require(not str(name).endswith(".json"), rule, name)
     wishes = {"data": data, "loss": loss}
     given = {field: value for field, value in wishes.items() if value is not None}
     found = diagnose(recipe(name, **given) if name else None)
