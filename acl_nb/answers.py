@@ -20,6 +20,7 @@ from .datasets import facts_of
 from .loading import batches_of, cut_where_decoded, load_batches, share_of_test
 from .models import WEIGHTS
 from .networks import load_network
+from .plugins import load_plugins
 from .records import Run, other_images
 from .settings import Recipe
 
@@ -71,6 +72,7 @@ def open_run(
     "A run made ready for prediction."
     weights = _weights(user_path(path))
     run = Run(weights.parent)
+    load_plugins(None, run.path)
     _recipe(run)
     rule = f"{run.path} must hold {WEIGHTS}, which a run leaves when it is finished"
     require(weights.is_file(), rule)

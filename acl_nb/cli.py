@@ -15,12 +15,12 @@ from pathlib import Path
 
 from fastcore.docments import docments
 
-from .callbacks import TRACKERS
 from .checks import BadInput, choose, require, user_path
 from .commands import command, text_table
 from .datasets import DATASETS, facts_of
 from .finetuning import start_lines
 from .losses import LOSSES, losses_that
+from .plugins import PLUGINS, load_plugins
 from .probes import Probe, can_probe
 from .processes import rank
 from .recipes import RECIPES, read_recipe, recipe, recipe_rows
@@ -28,6 +28,7 @@ from .records import Run
 from .report import accuracy_line, images_line, run_intervals, tested_on
 from .settings import LOCATIONS, DataSettings, LossSettings, NetworkSettings, OptimizerSettings
 from .settings import Recipe
+from .trackers import TRACKERS
 from .trainer import fit
 
 # %% ../nbs/750_cli.ipynb #f6ea9614
@@ -181,6 +182,13 @@ _OFFERED = dict(
     name=RECIPES, loss=LOSSES, track=TRACKERS, resume=("auto", "never", "must"),
     fields=_FIELDS, set=[f"{field}=" for field in _FIELDS if field != "name"])
 
+# %% ../nbs/750_cli.ipynb #b7b1a397
+def _table_of_recipes():
+    "The recipes, and below them what plugins add."
+    added = [f"{plugin.file} adds the {what} {', '.join(names)}"
+             for plugin in PLUGINS.values() for what, names in plugin.adds.items()]
+    return "\n".join([text_table(recipe_rows(), left=2), *added])
+
 # %% ../nbs/750_cli.ipynb #bd394e3d
 @command(complete=_OFFERED, explain=_explain)
 def acl_train(
@@ -204,9 +212,11 @@ def acl_train(
     workers:int=None,    # processes that load images; default: none for images in memory, else <= 8
     probe:int=None,      # steps between two measurements of the gradient; 0: none; default: 10
     set:list=None,       # any other fields of the recipe, as field=value; see --fields
+    plugin:tuple=None,   # file of one's own with losses, data sets, …; more than once for several
 ): # trains and prints
     "Train a recipe on long-tailed images and write a run folder with a report."
-    if list: return _say(text_table(recipe_rows(), left=2))
+    load_plugins(plugin, recipe and user_path(recipe).parent, out if resume != "never" else None)
+    if list: return _say(_table_of_recipes())
     if fields is not None: return _say(field_table(fields))
     options = dict(loss=loss, views=views, imbalance=imbalance, epochs=epochs, seed=seed, data=data)
     r, usual = resolve(name, recipe, options, set or [])

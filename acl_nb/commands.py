@@ -77,6 +77,7 @@ def _argument(parameter, comment):
     if not required: settings["default"] = default
     if kind is bool: settings["action"] = "store_true"
     elif kind is list: settings |= {"nargs": "*", "action": "extend"}
+    elif kind is tuple: settings["action"] = "append"
     else: settings["type"] = kind
     if parameter.kind is parameter.KEYWORD_ONLY:
         spellings = [f"--{name}", f"--{name.replace('_', '-')}"]

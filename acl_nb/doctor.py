@@ -27,6 +27,7 @@ from .datasets import facts_of
 from .datasets.files import read_image
 from .loading import count_workers
 from .memory import GPU_GIGABYTES, find_data, gpus_needed, sizes_of, stand_in, step_memory
+from .plugins import load_plugins
 from .rates import hours, loading_rate, rate_of, step_rate, write_photographs
 from .recipes import recipe
 from .settings import Recipe
@@ -273,11 +274,13 @@ def acl_doctor(
     *,
     data:str=None,   # folder of the data set's files
     loss:str=None,   # of the recipe
+    plugin:tuple=None,   # file of one's own with the recipe, the loss, …
 ): # prints
     "Check this machine, and how long a recipe would take on it; exit code 1 when something fails."
     require(name or not (data or loss), "--data and --loss need a recipe")
-    rule = "acl_doctor takes a recipe by its name; a file's recipe is examined where it is trained"
-    require(not str(name).endswith(".json"), rule, name)
+    by_name = not str(name).endswith(".json")
+    require(by_name, "acl_doctor takes a recipe by its name; one in a file is examined where it is trained", name)
+    load_plugins(plugin)
     wishes = {"data": data, "loss": loss}
     given = {field: value for field, value in wishes.items() if value is not None}
     found = diagnose(recipe(name, **given) if name else None)

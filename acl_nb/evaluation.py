@@ -25,6 +25,7 @@ from .metrics import predictions, reliability, uniformity
 from .models import WEIGHTS, describe_model, save_model
 from .networks import load_network
 from .plots import plot_confusion, plot_per_class, plot_reliability
+from .plugins import load_plugins
 from .predict import Adjustment, adjusted_logits
 from .priors import adjust, held_prior, plot_shift, shift_curve, tune_tau
 from .processes import world_size
@@ -272,10 +273,12 @@ def acl_eval(
     normalise:bool=False,  # bring the class weights to length 1 first (τ-normalisation)
     test_prior:str=None,   # move the logits to class frequencies: uniform, train, inverse, a file
     out:list=None,         # files: predictions .npz, .csv, numbers .json, a page .html, logits.npz
+    plugin:tuple=None,     # file of one's own, in place of the one that the run notes
 ): # prints
     "Evaluate a finished run, as it is or adjusted: accuracies, confusions, calibration, feature space."
     require(split in ("test", "train"), "`split` must be test or train", split)
     _check_out(out or [])
+    load_plugins(plugin)
     opened, parts = open_run(run, data)
     result = evaluate_run(parts, split, _asked(parts, tau, normalise, test_prior, tune))
     print(_lines(result, opened, parts, split))

@@ -27,6 +27,7 @@ from .datasets.stored import FORMAT, features, read_features
 from .loading import batches_of, cut_where_decoded, load_batches
 from .models import WEIGHTS, ModelFacts, describe_model, save_model
 from .networks import Network, load_network, merged_weights
+from .plugins import load_plugins
 from .processes import world_size
 from .recipes import RECIPES, read_json
 from .records import Run, hold_folder, write_bytes, write_json
@@ -285,8 +286,10 @@ def acl_features(
     workers:int=None,    # processes that load images, as for `acl_train`
     force:bool=False,    # replace a file that is there
     join:str=None,       # run on stored features: write its heads with their encoder as one model
+    plugin:tuple=None,   # file of one's own with the encoder, the data set, …
 ): # prints
     "Store a frozen encoder's features, so that heads train on them in seconds; or join heads to it."
+    load_plugins(plugin, join, recipe and user_path(recipe).parent)
     named = out is not None and out.endswith(".safetensors")
     require(named, "--out must name a file that ends in .safetensors", out or "none")
     path = user_path(out)

@@ -16,6 +16,7 @@ from .datasets import fetch_lists, find_list, load_lists, usual_counts
 from .datasets.emoji import make_emoji
 from .datasets.glyphs import DEBIAN_FONTS, cached_faces, find_fonts, glyphs_from
 from .datasets.packed import PackSettings, pack_images
+from .plugins import load_plugins
 
 # %% ../nbs/752_inventory.ipynb #18bf813e
 def _counted(name, folder):
@@ -145,8 +146,10 @@ def acl_data(
     packages:str=None,   # emoji: folder of the four packages; default: npm fetches them
     test:str="apple",    # emoji: the vendor to test on
     tones:bool=False,    # emoji: the skin tones too
+    plugin:tuple=None,   # check: file of one's own with the data set
 ): # prints
     "List data sets, fetch a benchmark's lists, check or pack images, say what the fonts give, make emoji."
+    load_plugins(plugin)
     how = dict(base=base, decode=decode, out=out, side=side, quality=quality)
     how |= dict(lossless=lossless, background=background, packages=packages, test=test, tones=tones)
     choose(action, ACTIONS, "action")(name, data, **how)

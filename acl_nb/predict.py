@@ -23,9 +23,10 @@ from .build import half_precision
 from .checks import BadInput, require, user_path
 from .commands import command, text_table
 from .datasets.trees import images_below
-from .losses import loss_traits
+from .losses import TRAITS
 from .models import ModelFacts, load_model
 from .networks import Network
+from .plugins import load_plugins
 from .priors import adjust, find_prior, held_prior, normalised_logits, to_prior
 from .report import percent
 
@@ -143,24 +144,32 @@ def _listed(images):
     require(len(listed) > 0, "`images` must hold at least one image", "none")
     return listed
 
+# %% ../nbs/700_predict.ipynb #4bf23c2b
+def _opened(model):
+    "A model; of a run on this machine with the plugins that it was made with."
+    path = user_path(model)
+    if path.exists(): load_plugins(None, path if path.is_dir() else path.parent)
+    return load_model(model)
+
 # %% ../nbs/700_predict.ipynb #7654e577
 class Predictor:
     "Images in, names out: `predictor(images) -> Predictions`."
     def __init__(self,
         model,                        # of `load_model`, or what it takes: run folder, file, USER/NAME
-        device:str=None,              # cpu, cuda, …; None: an accelerator where there is one
+        device:str|None=None,         # cpu, cuda, …; None: an accelerator where there is one
         how:Adjustment=Adjustment(),  # what is done to the logits
         batch_size:int=64,            # images at once
         precision:str="fp32",         # of the encoder: fp32 | bf16 | fp16
     ):
         require(batch_size >= 1, "`batch_size` must be at least 1", batch_size)
-        network = model if isinstance(model, Network) else load_model(model)
+        network = model if isinstance(model, Network) else _opened(model)
         self.device = _device(device)
         self.network = network.to(self.device).eval()
         self.facts, self.classes = network.facts, network.classes
         self.prepare = network.preprocess
         self.how, self.batch_size, self.precision = how, batch_size, precision
-        self.contrastive = loss_traits(self.facts.loss).kind != "classifier"
+        kind = getattr(TRAITS.get(self.facts.loss), "kind", "classifier")      # of a plugin's loss
+        self.contrastive = kind != "classifier"
 
     def of_pixels(self,
         pixels:torch.Tensor,  # uint8 [n, channels, size, size], of `prepare.pixels`
@@ -222,7 +231,7 @@ def export_model(
 ) -> Path:  # the same
     "Write a network as one graph: uint8 [B, channels, size, size] -> logits [B, C]."
     path = user_path(path)
-    network = model if isinstance(model, Network) else load_model(model)
+    network = model if isinstance(model, Network) else _opened(model)
     require(path.suffix in (".pt2", ".onnx"), "a graph goes to a file that ends in .pt2 or .onnx", path.name)
     graph = _FromPixels(network.cpu().eval(), network.facts).eval()
     if path.suffix == ".onnx": _write_onnx(graph, network.facts, path)
@@ -318,9 +327,11 @@ def acl_predict(
     json:bool=False,        # print JSON
     csv:bool=False,         # print CSV
     device:str=None,        # cpu, cuda, …; default: an accelerator where there is one
+    plugin:tuple=None,      # file of one's own with its encoder; default: what the run notes
 ): # prints
     "Name what is on images, by a trained network."
     require(not (json and csv), "--json and --csv are two forms: give one of them")
+    load_plugins(plugin)
     how = Adjustment(tau=tau, prior=test_prior, power=1.0 if normalise else None)
     predictor = Predictor(model, device, how)
     rows, failed = _rows(predictor, _named_files(images), top)

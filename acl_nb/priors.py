@@ -44,7 +44,8 @@ def held_prior(
     "The class frequencies that a classifier trained with a loss believes in."
     kind = loss_traits(loss).kind
     log_train = log_prior(counts, torch.float64)
-    if kind == "classifier" and loss not in ("ce", "la", "cb"): return None     # margins, noise, one's own: no prior
+    tells = kind != "classifier" or loss in ("ce", "la", "cb")
+    if not tells: return None                          # margins, noise, gradients, a loss of one's own
     if loss == "ce": return log_train.softmax(0)
     if loss == "cb": return (log_train + class_balanced_weights(counts).double().log()).softmax(0)
     strength = 1.0 if kind == "joint" else tau      # paco and gpaco add the whole prior

@@ -46,9 +46,10 @@ def closed_form(
     require(loss is not None, "only a contrastive loss compares pairs")
     if traits.kind == "joint": return _paco_form(loss, out, labels, keys, key_labels)
     if traits.keys == "means": return _proco_form(loss, out, labels, keys)
-    options = {name: getattr(loss, name) for name in traits.options}
-    return pair_gradients(traits.form, out.z, labels, out.centers,
-                          temperature=loss.temperature, **options)
+    form, options = traits.form, {name: getattr(loss, name) for name in traits.options}
+    if callable(form): form, options = partial(form, **options), {}
+    temperature = getattr(loss, "temperature", 1.0)
+    return pair_gradients(form, out.z, labels, out.centers, temperature=temperature, **options)
 
 # %% ../nbs/580_probes.ipynb #61809702
 def can_probe(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_bytes', 'write_text', 'write_json', 'write_predictions', 'append_row', 'read_rows', 'cut_rows', 'environment',
-           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'other_images', 'check_data']
+           'RunFiles', 'Run', 'open_folder', 'fingerprint', 'hold_folder', 'begin_folder', 'note_plugins',
+           'other_images', 'check_data']
 
 # %% ../nbs/520_records.ipynb #88870aa3
 import gzip
@@ -36,6 +37,7 @@ from .metrics import confusion, reliability
 from .networks import load_network
 from .plots import plot_balance, plot_balance_history, plot_confusion
 from .plots import plot_counts, plot_curves, plot_per_class, plot_reliability
+from .plugins import PLUGINS
 from .priors import fixed_curve, plot_shift
 from .recipes import read_json
 from .settings import LOCATIONS, Recipe
@@ -339,6 +341,13 @@ _RESULTS = ("summary.json", "report.html", "predictions.npz", "model.safetensors
             "tensorboard", "trackio.json", "wandb.json")      # deleted in this order
 
 # %% ../nbs/520_records.ipynb #cefd131a
+def _with_plugins(env):
+    "The entry of the plugins: those that an environment names, and those that are loaded now."
+    noted = env.get("plugins", [])
+    known = [plugin["sha256"] for plugin in noted]
+    more = [plugin._asdict() for plugin in PLUGINS.values() if plugin.sha256 not in known]
+    return {"plugins": noted + more} if noted or more else {}
+
 def begin_folder(
     recipe:Recipe,  # of the run
     out:Path,       # its folder
@@ -351,7 +360,17 @@ def begin_folder(
         if (out/name).is_dir(): shutil.rmtree(out/name)
         else: (out/name).unlink(missing_ok=True)
     write_json(out/"recipe.json", asdict(recipe))
-    write_json(out/"env.json", {**environment(), "setup": setup, "data": data})
+    env = {**environment(), "setup": setup, "data": data}
+    write_json(out/"env.json", env | _with_plugins(env))
+
+# %% ../nbs/520_records.ipynb #7dd8b0e0
+def note_plugins(
+    run:Run,    # that goes on
+):
+    "Add the plugins that are loaded to the environment of a run."
+    env = run.env or {}
+    noted = env | _with_plugins(env)
+    if noted != env: write_json(run.path/"env.json", noted)
 
 # %% ../nbs/520_records.ipynb #c8148a4c
 _OF_IMAGES = {"sha256": "other names or labels", "sizes_sha256": "files of other sizes"}

@@ -22,6 +22,7 @@ from .checks import BadInput, require, user_path
 from .commands import command
 from .models import load_model
 from .plots.svg import accuracy_svg, counts_svg
+from .plugins import load_plugins
 from .records import BALANCE, HISTORY, Run, write_bytes, write_json, write_text
 from .report import write_report
 
@@ -30,12 +31,15 @@ _OF_CODE = ("acl_nb", "commit", "python", "torch", "torchvision", "numpy")
 _OF_MACHINE = ("cpus", "threads", "matmul", "decoder", "devices", "setup")
 _OF_DATA = ("name", "classes", "train", "test", "split", "image", "counts", "imbalance", "sha256",
             "class_names", "left_out")
+_OF_PLUGINS = ("file", "sha256", "adds")
 
 def _picked(values, names): return {name: values[name] for name in names if name in values}
 
 def _public_copy(run, folder):
     "A run in another folder, without places, names of files and the name of the system."
     env = _picked(run.env, _OF_CODE + _OF_MACHINE)
+    plugins = [_picked(plugin, _OF_PLUGINS) for plugin in run.env.get("plugins", [])]
+    if plugins: env["plugins"] = plugins
     summary = {name: value for name, value in run.summary.items() if name != "skipped"}
     write_json(folder/"recipe.json", {**run.recipe, "data": None})
     write_json(folder/"env.json", {**env, "data": _picked(run.env["data"], _OF_DATA)})
@@ -57,6 +61,7 @@ def _require_finished(run):
     require(complete, f"{run.path} must hold a finished run; {goes_on}")
     known = run.env and "data" in run.env
     require(known, f"{run.path} must hold env.json, which says what the data are")
+    load_plugins(None, run.path)
     load_model(run.path)           # refuses a file without what its users need
 
 def _is_ours(names, read_card):

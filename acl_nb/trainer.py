@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from .build import build, find_setup, start_processes
-from .callbacks import TRACKERS, Ema, Progress, Saver
+from .callbacks import Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
 from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
 from .judging import Diverged, class_sums
 from .loop import Training, go_on_from
-from .processes import Stopped, from_first, rank, require_same, world_size
-from .records import Run, begin_folder, check_data, fingerprint, hold_folder, open_folder
+from .plugins import CALLBACKS, PLUGINS, load_recorded, recorded_plugins, require_recorded
+from .processes import Stopped, all_or_none, from_first, rank, require_same, world_size
+from .records import Run, begin_folder, check_data, fingerprint, hold_folder
+from .records import note_plugins, open_folder
 from .settings import Recipe
+from .trackers import TRACKERS
 
 # %% ../nbs/590_trainer.ipynb #5d8196fb
 def _resume(asked):
@@ -73,10 +76,24 @@ def _start(recipe, out, found, accelerator, workers):
     data = {**parts.data.describe(), "class_names": parts.data.classes}
     def write():
         if found is None: begin_folder(recipe, out, data, parts.setup)
-        else: check_data(Run(out), data)
+        else:
+            check_data(Run(out), data)
+            note_plugins(Run(out))
     from_first(write)
     if found is None and recipe.classifier_init == "means": _classifier_from_means(parts)
     return parts
+
+# %% ../nbs/590_trainer.ipynb #d8a40a9e
+def _plugins(recipe, out, found):
+    "The callbacks of the plugins, which are those that the run began with."
+    noted = from_first(lambda: [] if found is None else recorded_plugins(out))
+    def same():
+        load_recorded(noted, out)
+        require_recorded(noted, out)
+    all_or_none(same)
+    digests = {name: plugin.sha256 for name, plugin in PLUGINS.items()}
+    require_same("the plugins of a run, by their SHA-256,", digests)
+    return [make(recipe) for make in CALLBACKS.values()]
 
 # %% ../nbs/590_trainer.ipynb #d08c81a5
 def _explained(error, training, out):
@@ -156,10 +173,10 @@ def fit(
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
     tensorboard:bool=False,  # the same as track="tensorboard", which writes to out/tensorboard
-    workers:int=None,        # loading processes; None: none for images in memory, else one per CPU, up to 8
+    workers:int|None=None,   # loading processes; None: none for images in memory, else one per CPU, up to 8
     callbacks=(),            # more objects with methods named like events, see `acl_nb.callbacks`
     hooks=(),                # the same, by the name they had once
-    track:str=None,          # show the run to trackio | wandb | tensorboard, see `TRACKERS`
+    track:str|None=None,     # show the run to trackio | wandb | tensorboard, see `TRACKERS`
 ) -> Run:                    # the finished run; None for a process that does not see its folder
     "Train a recipe into a run folder (`acl_nb.records`). Seeds the random numbers of Python, numpy and torch."
     rule = '`recipe` must be a Recipe, such as recipe("digits_lt") of acl_nb.recipes'
@@ -173,6 +190,7 @@ def fit(
         finished, found = from_first(lambda: _opened(recipe, out, _resume(resume), stack))
         if not finished:
             trackers = _trackers(tracked, out, stack)
+            callbacks += _plugins(recipe, out, found)
             parts = _start(recipe, out, found, accelerator, workers)
             if recipe.ema is not None: callbacks.insert(0, Ema(parts.bare, recipe.ema))
             saver = Saver(out, save_every)
