@@ -50,7 +50,7 @@ def _overall(scores):
 def _behind(scores, name):
     "The interval of an accuracy and the test images behind it, as far as they are known."
     images = scores.get("tested", {}).get(name)
-    told = [interval_text(scores.get("intervals", {}).get(name)), f"{images:,} images" if images else ""]
+    told = [interval_text(scores.get("intervals", {}).get(name)), f"{images:,} image{'s' * (images > 1)}" if images else ""]
     return ", ".join(filter(None, told))
 
 def _with_interval(scores, name):
@@ -76,7 +76,7 @@ def tested_on(
 # %% ../nbs/530_report.ipynb #8f3ece22
 _DONE = {
     "unreadable": "could not be read and were skipped",
-    "transparent": "put on a background",
+    "transparent": "transparent in places and put on a background",
     "deep": "brought from 16 bits to 8",
     "animated": "taken by their first frame",
     "turned": "turned upright",
@@ -95,7 +95,8 @@ def images_line(
         told[0] += f" ({', '.join(names)})"          # the unreadable ones come first
     others = [f"{n:,} {ending}" for ending, n in data.get("left_out", {}).items()]
     if others: told.append(f"left out, as no images: {', '.join(others)}")
-    return "training images: " + "; ".join(told) if told else ""
+    met = f" ({data['train']:,})" if "train" in data else ""
+    return f"training images{met}: {'; '.join(told)}" if told else ""
 
 # %% ../nbs/530_report.ipynb #84a1f84e
 _templates = Environment(loader=PackageLoader("acl_nb"), autoescape=True,
