@@ -168,8 +168,8 @@ class Predictor:
         self.facts, self.classes = network.facts, network.classes
         self.prepare = network.preprocess
         self.how, self.batch_size, self.precision = how, batch_size, precision
-        kind = getattr(TRAITS.get(self.facts.loss), "kind", "classifier")      # of a plugin's loss
-        self.contrastive = kind != "classifier"
+        # of the loss of a plugin that is not here nothing is known
+        self.contrastive = getattr(TRAITS.get(self.facts.loss), "kind", "classifier") != "classifier"
 
     def of_pixels(self,
         pixels:torch.Tensor,  # uint8 [n, channels, size, size], of `prepare.pixels`
