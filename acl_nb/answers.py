@@ -36,7 +36,8 @@ def _recipe(run):
     require(not odd, f"{run.path/'recipe.json'} {rule}", ", ".join(odd[:3]))
     try: return Recipe(**run.recipe)
     except BadInput as e:
-        hint = "; a name of one's own comes with --plugin FILE" if str(e).startswith("unknown") else ""
+        own = str(e).startswith("unknown")
+        hint = "; a name of one's own comes with --plugin FILE" if own else ""
         raise BadInput(f"{run.path}: {e}{hint}") from None
 
 def _require_same_data(run, data, network):
