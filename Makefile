@@ -27,8 +27,8 @@ test-browser: $(NEEDS) ## the explorers and the site in a real browser, which mu
 	ACL_NB_BROWSER=1 $(BIN)/python -m pytest tests/test_live.py tests/test_site.py
 
 # Both checks work on a copy, so that a check changes nothing and needs no commit.
-COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && mkdir $$t/acl_nb && cp -r settings.ini nbs bench $$t && cp acl_nb/__init__.py $$t/acl_nb && cd $$t
-SKIP = -x live.js -x __pycache__ -x .ipynb_checkpoints -x runs
+COPY = t=$$(mktemp -d) && trap 'rm -rf $$t' EXIT && cp -r settings.ini nbs bench $$t && cd $$t
+SKIP = -x live.js -x templates -x py.typed -x __pycache__ -x .ipynb_checkpoints -x runs
 
 clean-check: $(NEEDS)
 	@$(COPY) && $(BIN)/nbdev_clean && diff -rq $(SKIP) $(CURDIR)/nbs nbs || { echo 'notebooks are not clean: run nbdev_clean'; exit 1; }
@@ -45,6 +45,7 @@ bench: $(NEEDS) ## speed and memory against limits and peers, into bench/*.json;
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_loading.py
 	OMP_NUM_THREADS=2 $(BIN)/python tests/bench_widgets.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_import.py
 
 bench-gpu: ## all that a GPU is to show, into bench/gpu.json; ARGS="--only right,loss" chooses
 	@PYTHON='$(PYTHON)' .ci/bench-gpu $(ARGS)

@@ -77,7 +77,7 @@ def _ways(device, N, K):
     "name of a way -> names of `kernels` and their values; a CPU has one way only."
     if device.type == "cpu": return {"": {}}
     half = dict(_BUDGET=4 * K * (N // 2 + N % 2))
-    dense = dict(runs_on=lambda device: False)
+    dense = dict(_row_kernel_pays=lambda z: False)
     ways = {", dense": dense, ", dense, two tiles": dense | half}
     if runs_on(device): ways |= {", row kernel": {}, ", row kernel, two tiles": half}
     return ways

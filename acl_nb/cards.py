@@ -11,7 +11,7 @@ from html import escape
 
 import numpy
 import torch
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .checks import BadInput
 from .counts import shot_groups
@@ -33,16 +33,7 @@ def _escaped(value):
     one_line = escape(" ".join(str(value).split()), quote=False)
     return _ACTS.sub(r"\\\g<0>", one_line)
 
-_TABLE = """|{% for head in heads %} {{ head }} |{% endfor %}
-
-|{% for head in heads %}---|{% endfor %}
-
-{% for row in rows %}
-|{% for cell in row %} {{ cell }} |{% endfor %}
-
-{% endfor %}
-"""
-_markdown = Environment(loader=DictLoader({"table": _TABLE}), finalize=_escaped,
+_markdown = Environment(loader=PackageLoader("acl_nb"), finalize=_escaped,
                         undefined=StrictUndefined, trim_blocks=True)
 _markdown.filters["as_it_is"] = _AsItIs
 
@@ -237,94 +228,6 @@ def _front_matter(run, license):
         model_name=run.recipe["name"], eval_results=results)
     return card.to_yaml().strip()
 
-# %% ../nbs/660_cards.ipynb #366a8f88
-_FIRST_HALF = """---
-{{ front_matter | as_it_is }}
----
-
-# {{ recipe.name }} with {{ recipe.loss }}
-
-An image classifier for {{ n_classes }} classes, trained with acl_nb {{ env.acl_nb }}.
-
-## What it is
-
-{% with heads=["part", ""], rows=parts.items() %}{% include "table" %}{% endwith %}
-
-## What it was trained on
-
-{% with heads=["fact", ""], rows=data.items() %}{% include "table" %}{% endwith %}
-
-![Training images of each class, from head to tail](counts.svg)
-
-## Results
-
-Accuracies on the test images after the last of {{ summary.epochs }} epochs,
-none of which was chosen by its accuracy.
-{% if summary.intervals %}
-The intervals tell what other test images of the same kind might have given.
-{% endif %}
-
-{% with heads=results[0], rows=results[1:] %}{% include "table" %}{% endwith %}
-
-Calibration error: {{ calibration }} (mean distance between confidence and accuracy).
-
-![Test accuracy of each class, from head to tail](accuracy.svg)
-
-{% with heads=classes[0], rows=classes[1:] %}{% include "table" %}{% endwith %}
-
-The file report.html has every class and more figures;
-it opens in a browser, without a connection.
-"""
-
-# %% ../nbs/660_cards.ipynb #6d7a0e21
-_SECOND_HALF = """
-## How to use it
-
-{% if recipe.encoder.startswith("timm/") %}
-The encoder needs timm beside acl_nb: `pip install 'acl_nb[timm]'`.
-
-{% endif %}
-In a shell:
-
-```sh
-acl_predict {{ model | as_it_is }} photo.png
-```
-
-In Python:
-
-```python
-from acl_nb.models import load_model
-
-network = load_model("{{ model | as_it_is }}")
-```
-
-## Limits, and what it is not for
-
-It is not for classes that it does not recognise in its own test,
-nor for images unlike those it was trained on.
-
-{% for sentence in limits %}
-- {{ sentence }}
-{% endfor %}
-
-## How it was trained
-
-Settings that differ from the defaults of acl_nb; the file recipe.json has them all:
-
-{% with heads=["setting", "value"], rows=changed.items() %}{% include "table" %}{% endwith %}
-
-Software: {{ software }}.
-
-`acl_train --recipe recipe.json` trains it again; data that lie in a folder are named by `--data`.
-{% if license %}
-
-## License
-
-{{ license }}
-{% endif %}
-"""
-_card = _markdown.from_string(_FIRST_HALF + _SECOND_HALF)
-
 # %% ../nbs/660_cards.ipynb #46424de0
 def model_card(
     run:Run,           # a finished run
@@ -332,7 +235,8 @@ def model_card(
     license:str=None,  # such as apache-2.0; None: the card says nothing of one
 ) -> str:              # Markdown, with YAML in front
     "The page that tells what a network is, what it was trained on, and what it is not for."
-    return _card.render(
+    card = _markdown.get_template("card.md.j2")
+    return card.render(
         front_matter=_front_matter(run, license), model=repo or "model.safetensors",
         recipe=run.recipe, env=run.env, summary={"intervals": None, **run.summary},
         n_classes=f"{len(run.env['data']['counts']):,}", calibration=percent(run.summary["ece"]),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .checks import require, user_path
-from .commands import command
+from .commands import command, text_table
 from .intervals import paired_intervals, unpaired_intervals
 from .plots import FORCES, plot_balance, plot_balance_runs, plot_differences, plot_per_class
 from .records import Run, other_images
@@ -211,6 +211,7 @@ def _accuracy_names(result):
     known = [name for name in names if any(run[name] is not None for run in runs)]
     return {name: names[name] + _images(result["runs"], name) for name in known}
 
+# %% ../nbs/740_compare.ipynb #bd0cb797
 def _accuracy_table(result):
     "Head, and name -> cells: the accuracies of the runs and their differences."
     runs, differences = result["runs"], result["differences"]
@@ -225,14 +226,10 @@ def _accuracy_table(result):
 def _in_one_line(text, below, strong):
     return text + (f" ({below})" if below else "") + (" *" if strong else "")
 
-def _aligned(head, rows):
-    "A table as lines of text."
-    table = [["", *head]]
-    for name, cells in rows.items():
-        table.append([name, *(_in_one_line(*cell) for cell in cells)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    padded = [[text.ljust(width) for text, width in zip(row, widths)] for row in table]
-    return ["  ".join(row).rstrip() for row in padded]
+def _as_text(head, rows):
+    "A table for the terminal."
+    lines = [[name, *(_in_one_line(*cell) for cell in cells)] for name, cells in rows.items()]
+    return text_table([["", *head], *lines], left=1 + len(head))
 
 # %% ../nbs/740_compare.ipynb #1cc62ce8
 def _tested_on(run): return f"{run['test_images']:,} test images, {tested_on(_test_scores(run), run['split'])}"
@@ -247,8 +244,8 @@ def comparison_text(
              f"seed {run['seed']}, {run['epochs']} epochs, {_tested_on(run)}"
              for run in runs]
     settings = _settings_table(result["differing"])
-    if settings: lines += ["", "settings that differ", *_aligned(letters, settings)]
-    lines += ["", "accuracies", *_aligned(*_accuracy_table(result)), "", *result["notes"]]
+    if settings: lines += ["", "settings that differ", _as_text(letters, settings)]
+    lines += ["", "accuracies", _as_text(*_accuracy_table(result)), "", *result["notes"]]
     return "\n".join(lines)
 
 # %% ../nbs/740_compare.ipynb #005f1493
@@ -274,25 +271,6 @@ def _figures(sides, result):
     gained = plot_differences(differences, counts, classes, "Difference of each class")
     accuracy = plot_per_class(accuracies, counts, classes, "Accuracy of each class")
     return {"differences": gained, "per_class": accuracy} | _balance_figures(sides)
-
-# %% ../nbs/740_compare.ipynb #cff7ef3a
-_PAGE = """{% extends "frame" %}
-{% import "macros" as draw %}
-{% block numbers %}
-<table>
-{% for run in runs %}<tr><td><b>{{ run.letter }}</b> {{ run.recipe }} with {{ run.loss }}, seed {{ run.seed }}</td>
-<td>{{ run.path }}</td></tr>{% endfor %}
-</table>
-<h2>Accuracies</h2>
-{{ draw.columns(letters, accuracies, "numbers") }}
-<h2>Differences, in points</h2>
-{{ draw.columns(pairs, differences, "numbers") }}
-{% for note in notes %}<p class="about">{{ note }}</p>{% endfor %}
-<h2>Settings that differ</h2>
-{% if settings %}{{ draw.columns(letters, settings) }}
-{% else %}<p class="about">None.</p>{% endif %}
-{% endblock %}
-"""
 
 # %% ../nbs/740_compare.ipynb #e4fc26ed
 _READ = {
@@ -332,7 +310,7 @@ def write_comparison(
              "differences": {name: cells[n:] for name, cells in rows.items()},
              "settings": _settings_table(result["differing"])}
     title = f"{len(runs)} runs compared"
-    fill_page(path, _PAGE, title, lead, _figures(sides, result), folded, _READ, **shown)
+    fill_page(path, "comparison.html.j2", title, lead, _figures(sides, result), folded, _READ, **shown)
 
 # %% ../nbs/740_compare.ipynb #a1848197
 @command

@@ -278,6 +278,8 @@ def acl_doctor(
 ): # prints
     "Check this machine, and how long a recipe would take on it; exit code 1 when something fails."
     require(name or not (data or loss), "--data and --loss need a recipe")
+    by_name = not str(name).endswith(".json")
+    require(by_name, "acl_doctor takes a recipe by its name; one in a file is examined where it is trained", name)
     load_plugins(plugin)
     wishes = {"data": data, "loss": loss}
     given = {field: value for field, value in wishes.items() if value is not None}

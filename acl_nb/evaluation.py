@@ -6,6 +6,7 @@
 __all__ = ['evaluate_run', 'class_table', 'write_evaluation', 'acl_eval']
 
 # %% ../nbs/710_evaluation.ipynb #28ab926a
+import csv
 import io
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from .plugins import load_plugins
 from .predict import Adjustment, adjusted_logits
 from .priors import adjust, held_prior, plot_shift, shift_curve, tune_tau
 from .processes import world_size
-from .records import Run, write_bytes, write_json, write_predictions
+from .records import Run, write_bytes, write_json, write_predictions, write_text
 from .report import accuracy_line, class_rows, percent, tested_on, write_page
 
 # %% ../nbs/710_evaluation.ipynb #396e1be3
@@ -148,6 +149,7 @@ def _lead(result, parts, split):
     apart, low, high = (f"{100 * x:+.1f}" for x in result["difference"]["mean_class"])
     return f"{said} Before: {before} over classes; the difference: {apart} points ({low} to {high})."
 
+# %% ../nbs/710_evaluation.ipynb #5b531028
 def _write_page(result, run, parts, path, split):
     counts, names = parts.data.counts, parts.data.classes
     accuracies, made = result["scores"]["per_class"], result["predictions"]
@@ -159,6 +161,18 @@ def _write_page(result, run, parts, path, split):
     write_page(path, title, _lead(result, parts, split), result["scores"], figures, folded)
 
 # %% ../nbs/710_evaluation.ipynb #a2acb571
+def _write_table(made, parts, path, split):
+    "Which image is of which class and was taken for which, and how sure that was."
+    part, names = parts.data.train if split == "train" else parts.data.test, parts.data.classes
+    rows = [["labels", "predicted", "confidence", "class", "taken_for", "image"]]
+    columns = (made[name].tolist() for name in rows[0][:3])
+    for i, (label, said, sure) in enumerate(zip(*columns)):
+        image = part._name(i) if hasattr(part, "_name") else i          # its path, or its place
+        rows.append([label, said, f"{sure:.6f}", names[label], names[said], image])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
 def write_evaluation(
     result:dict,       # of `evaluate_run`
     run:Run,           # of `open_run`
@@ -170,6 +184,7 @@ def write_evaluation(
     path = Path(path)
     if path.name == "logits.npz": return _write_logits(result, parts, path)
     if path.suffix == ".html": return _write_page(result, run, parts, path, split)
+    if path.suffix == ".csv": return _write_table(result["predictions"], parts, path, split)
     if path.suffix != ".json": return write_predictions(result["predictions"], path)
     of_images = ("predictions", "logits")
     numbers = {name: value for name, value in result.items() if name not in of_images}

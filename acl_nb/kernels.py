@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import require
+from .checks import is_transformed, require
 from .processes import Share
 from .products import float32_products, matmul_route, product_
-from .row_kernel import pad_keys, row_tile, row_width, runs_on
 from .tiles import Weights, _by_list_pays, _classes, _pair_list
 from .tiles import _plain_loss, _tile_by_list, _tile_dense
 
@@ -54,12 +53,18 @@ def _dense_tiler(classes, of_anchors):
         return _tile_dense(s, here.start, start[here], start, *of_anchors(here))
     return tile
 
+def _row_kernel():
+    "Its module, imported where it may be used: to import Triton takes longer than all of this."
+    import acl_nb.row_kernel as row_kernel
+    return row_kernel
+
 def _row_tiler(classes, of_anchors, key):
-    start = classes.start
-    padded = pad_keys(start, key)
+    start, row_kernel = classes.start, _row_kernel()
+    padded = row_kernel.pad_keys(start, key)
     def tile(s, out, here): # [m, width], not read, slice of the anchors -> loss, coefficients
         alpha, _, row, own, aligned = of_anchors(here)
-        return row_tile(s, padded, here.start, start[here], alpha, row, own, aligned), s
+        mine = here.start, start[here], alpha, row, own, aligned
+        return row_kernel.row_tile(s, padded, *mine), s
     return tile
 
 # %% ../nbs/290_kernels.ipynb #b83e2f28
@@ -83,7 +88,7 @@ def _slices(of, rows):
 def _buffers(z, first, keys, method):
     "[1 or 2, m, width] the matrices of a tile as large as the first (a share may have none)."
     K, m = len(keys), sum(here.stop - here.start for here in first)
-    matrices, width = (1, row_width(K)) if method == "rows" else (2, K)
+    matrices, width = (1, _row_kernel().row_width(K)) if method == "rows" else (2, K)
     return z.new_empty(matrices, m, width)
 
 def _similarities(s, anchors, keys, route):
@@ -165,7 +170,8 @@ def _filled(weights, z, K):
 
 # %% ../nbs/290_kernels.ipynb #0c107a2a
 def _row_kernel_pays(z):
-    return z.dtype == torch.float32 and not torch.compiler.is_compiling() and runs_on(z.device)
+    eager = not torch.compiler.is_compiling()
+    return z.dtype == torch.float32 and eager and _row_kernel().runs_on(z.device)
 
 def _how(z, K, method, wanted, share):
     "How to sweep on a device other than the CPU, and where the method says so."
@@ -224,7 +230,7 @@ def _check(z, labels, temperature):
 def _check_method(z, method):
     known = method in ("auto", "list", "dense", "rows")
     require(known, "`method` must be auto, list, dense or rows", repr(method))
-    possible = method != "rows" or z.dtype != torch.float64 and runs_on(z.device)
+    possible = method != "rows" or z.dtype != torch.float64 and _row_kernel().runs_on(z.device)
     rule = '`method="rows"` needs Triton, a GPU, and float32 or half precision'
     require(possible, rule, f"{z.dtype} on {z.device}")
 
@@ -265,6 +271,7 @@ def tiled_loss(
     keys = others.to(z.dtype), labels.long(), other_labels.long()
     args = z, *keys, *_filled(weights, z, K), temperature
     with torch.autocast(z.device.type, enabled=False):
+        if is_transformed(): return _plain_loss(*args, aligned, share)
         if z.is_cpu and method in ("auto", "list"):
             return _on_cpu(*args, aligned=aligned, method=method, wanted=wanted, share=share)
         return _TiledLoss.apply(*args, aligned, _how(z, K, method, wanted, share))

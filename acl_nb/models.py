@@ -150,9 +150,9 @@ def _from_hub(name, revision):
         raise BadInput(neither) from None
 
 def find_model(
-    source,             # a run folder, a .safetensors file, or a name on the hub: USER/NAME
-    revision:str=None,  # of the hub's model: a branch, tag or commit
-) -> Path:              # of the file
+    source,                  # a run folder, a .safetensors file, or a name on the hub: USER/NAME
+    revision:str|None=None,  # of the hub's model: a branch, tag or commit
+) -> Path:                   # of the file
     "Where the weights of a model lie."
     path = user_path(source)
     if path.is_dir():
@@ -168,9 +168,9 @@ def find_model(
 
 # %% ../nbs/490_models.ipynb #ea49b1f7
 def load_model(
-    source,             # a run folder, a .safetensors file, or a name on the hub: USER/NAME
-    revision:str=None,  # of the hub's model: a branch, tag or commit
-) -> Network:           # on the CPU, in evaluation mode; with `facts`, `classes` and `preprocess`
+    source,                  # a run folder, a .safetensors file, or a name on the hub: USER/NAME
+    revision:str|None=None,  # of the hub's model: a branch, tag or commit
+) -> Network:                # on the CPU, in evaluation mode; with `facts`, `classes` and `preprocess`
     "A trained network, ready to be used; runs no code of the file."
     path = find_model(source, revision)
     network = load_network(path)

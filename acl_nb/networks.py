@@ -76,7 +76,7 @@ class Network(nn.Module):
         self.centers = make_centers(n_classes, d, hidden, dim)
         choose(readout, dict.fromkeys(READOUTS), "readout")
         means = torch.zeros(n_classes, dim) if readout == "centers" else None
-        self.register_buffer("means", means)     # [C, D], filled by `set_means`
+        self.register_buffer("means", means)     # [C, D], filled by `set_sums`
 
 # %% ../nbs/430_networks.ipynb #332c03c8
 @patch
@@ -178,18 +178,10 @@ def predict(self:Network, images): # [B, channels, H, W] -> [B, C] logits
 
 # %% ../nbs/430_networks.ipynb #098ebd1c
 @patch
-def set_means(self:Network,
-    z:torch.Tensor,       # [n, D] embeddings of training images
-    labels:torch.Tensor,  # [n] their classes
+def set_sums(self:Network,
+    sums:torch.Tensor,  # [C, D] of each class's embeddings
 ):
     "Take each class's mean embedding, at unit length, as its centre."
-    self.set_sums(torch.zeros_like(self.means).index_add_(0, labels, z.to(self.means)))
-
-@patch
-def set_sums(self:Network,
-    sums:torch.Tensor,  # [C, D] of each class's embeddings: large sets are summed batch by batch
-):
-    "The same, from sums: a mean at unit length is the sum at unit length."
     self.means.copy_(F.normalize(sums, dim=-1))
 
 # %% ../nbs/430_networks.ipynb #c4069d3d

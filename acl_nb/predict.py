@@ -156,7 +156,7 @@ class Predictor:
     "Images in, names out: `predictor(images) -> Predictions`."
     def __init__(self,
         model,                        # of `load_model`, or what it takes: run folder, file, USER/NAME
-        device:str=None,              # cpu, cuda, …; None: an accelerator where there is one
+        device:str|None=None,         # cpu, cuda, …; None: an accelerator where there is one
         how:Adjustment=Adjustment(),  # what is done to the logits
         batch_size:int=64,            # images at once
         precision:str="fp32",         # of the encoder: fp32 | bf16 | fp16

@@ -18,41 +18,47 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from .checks import BadInput, OneLineError
+from .checks import BadInput, OneLineError, require
 
 # %% ../nbs/020_processes.ipynb #b2758f98
 def _running(): return dist.is_available() and dist.is_initialized()
 
-def rank() -> int:
-    "This process's number; 0 when there is one process."
-    return dist.get_rank() if _running() else 0
+def rank(
+    group=None,  # a process group of your own; None: all processes
+) -> int:
+    "This process's number in the group; 0 when there is one process."
+    return dist.get_rank(group) if _running() else 0
 
-def world_size() -> int:
+def world_size(
+    group=None,  # a process group of your own; None: all processes
+) -> int:
     "How many processes train together."
-    return dist.get_world_size() if _running() else 1
+    return dist.get_world_size(group) if _running() else 1
 
 # %% ../nbs/020_processes.ipynb #3e272562
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t): # [n, ...] -> [world_size · n, ...]
-        parts = [torch.empty_like(t) for _ in range(world_size())]
-        dist.all_gather(parts, t.contiguous())
-        first = rank() * len(t)
-        ctx.rows = slice(first, first + len(t))
+    def forward(ctx, t, group): # [n, ...] -> [world_size · n, ...]
+        parts = [torch.empty_like(t) for _ in range(world_size(group))]
+        dist.all_gather(parts, t.contiguous(), group)
+        first = rank(group) * len(t)
+        ctx.rows, ctx.group = slice(first, first + len(t)), group
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad): # gradients of all rows -> summed over ranks, of this rank's rows
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad[ctx.rows]
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.rows], None
 
 # %% ../nbs/020_processes.ipynb #9a90296c
 def all_gather(
     t:torch.Tensor,    # [n, ...], the same shape on every rank
+    group=None,        # a process group of your own; None: all processes
 ) -> torch.Tensor:     # [world_size · n, ...], rank 0's rows first
     "Concatenate the ranks' tensors along dim 0; the backward sums the ranks' contributions."
-    return _AllGather.apply(t) if world_size() > 1 else t
+    require(rank(group) >= 0, "`group` must be one that this process belongs to")
+    return _AllGather.apply(t, group) if world_size(group) > 1 else t
 
 # %% ../nbs/020_processes.ipynb #a043a397
 class Share(NamedTuple):
@@ -66,9 +72,11 @@ class Share(NamedTuple):
         "The rows of this part."
         return slice(n * self.number // self.of, n * (self.number + 1) // self.of)
 
-def own_share() -> Share:
+def own_share(
+    group=None,  # the process group that gathered; None: all processes
+) -> Share:
     "This process's part of what all ranks gathered."
-    return Share(rank(), world_size())
+    return Share(rank(group), world_size(group))
 
 # %% ../nbs/020_processes.ipynb #df21a9d8
 class _MeanOfRanks(torch.autograd.Function):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .counts import spread_in_words
 from .intervals import accuracy_intervals, wilson
@@ -50,7 +50,7 @@ def _overall(scores):
 def _behind(scores, name):
     "The interval of an accuracy and the test images behind it, as far as they are known."
     images = scores.get("tested", {}).get(name)
-    told = [interval_text(scores.get("intervals", {}).get(name)), f"{images:,} images" if images else ""]
+    told = [interval_text(scores.get("intervals", {}).get(name)), f"{images:,} image{'s' * (images > 1)}" if images else ""]
     return ", ".join(filter(None, told))
 
 def _with_interval(scores, name):
@@ -76,7 +76,7 @@ def tested_on(
 # %% ../nbs/530_report.ipynb #8f3ece22
 _DONE = {
     "unreadable": "could not be read and were skipped",
-    "transparent": "put on a background",
+    "transparent": "transparent in places and put on a background",
     "deep": "brought from 16 bits to 8",
     "animated": "taken by their first frame",
     "turned": "turned upright",
@@ -95,100 +95,12 @@ def images_line(
         told[0] += f" ({', '.join(names)})"          # the unreadable ones come first
     others = [f"{n:,} {ending}" for ending, n in data.get("left_out", {}).items()]
     if others: told.append(f"left out, as no images: {', '.join(others)}")
-    return "training images: " + "; ".join(told) if told else ""
+    met = f" ({data['train']:,})" if "train" in data else ""
+    return f"training images{met}: {'; '.join(told)}" if told else ""
 
 # %% ../nbs/530_report.ipynb #84a1f84e
-_STYLE = """
-body {font: 16px/1.5 system-ui, sans-serif; color: #222}
-body {max-width: 60rem; margin: 0 auto; padding: 1rem}
-h1 {margin-bottom: 0; line-height: 1.2}
-h2 {font-size: 1.15rem; margin: 2rem 0 .2rem}
-.lead, .about {color: #5B6770; margin-top: .2rem}
-.about {font-size: .9rem; margin-bottom: 0}
-.tiles {display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0}
-.tile {flex: 1 1 8rem; border: 1px solid #d8dde1; border-radius: .5rem; padding: .6rem .9rem}
-.tile b {display: block; font-size: 1.7rem}
-.tile small {display: block; color: #5B6770}
-table {border-collapse: collapse; width: 100%; font-size: .9rem}
-td {border-top: 1px solid #e4e8eb; padding: .25rem .5rem}
-td {vertical-align: top; overflow-wrap: anywhere}
-th {text-align: left; padding: .25rem .5rem; overflow-wrap: anywhere}
-td small {display: block; color: #5B6770}
-td:first-child {color: #5B6770; width: 40%; max-width: 12rem}
-.wide {overflow-x: auto}
-.wide td:first-child {width: auto}
-.numbers td {white-space: nowrap}
-details {margin: 1rem 0}
-summary {cursor: pointer; font-weight: 600}
-"""
-
-# %% ../nbs/530_report.ipynb #411cab42
-_MACROS = """
-{% macro tile(name, number, interval="") %}
-<div class="tile"><b>{{ number }}</b>{{ name }}{% if interval %}<small>{{ interval }}</small>{% endif %}</div>
-{% endmacro %}
-
-{% macro section(figure) %}
-<h2>{{ figure.title }}</h2>
-<p class="about">{{ figure.about }}</p>
-{{ figure.drawn | safe }}
-{% endmacro %}
-
-{% macro folded_table(heading, rows) %}
-<details>
-<summary>{{ heading }}</summary>
-<table>
-{% for name, value in rows.items() %}
-<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-</details>
-{% endmacro %}
-
-{% macro columns(head, rows, kind="") %}
-<div class="wide {{ kind }}"><table>
-<tr><th></th>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for name, cells in rows.items() %}
-<tr><td>{{ name }}</td>
-{% for text, below, marked in cells %}
-<td>{{ text }}{% if marked %} *{% endif %}<small>{{ below }}</small></td>
-{% endfor %}
-</tr>
-{% endfor %}
-</table></div>
-{% endmacro %}
-"""
-
-# %% ../nbs/530_report.ipynb #315287d1
-_FRAME = """<!doctype html>
-{% import "macros" as draw %}
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ title }}</title>
-<style>{{ style | safe }}</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p class="lead">{{ lead }}</p>
-{% block numbers %}{% endblock %}
-{% for figure in figures %}{{ draw.section(figure) }}{% endfor %}
-{% for heading, rows in tables.items() %}{{ draw.folded_table(heading, rows) }}{% endfor %}
-</body>
-</html>
-"""
-_TILES = """{% extends "frame" %}
-{% import "macros" as draw %}
-{% block numbers %}
-<div class="tiles">
-{% for tile in tiles %}{{ draw.tile(*tile) }}{% endfor %}
-</div>
-{% if known %}<p class="about">{{ known }}</p>{% endif %}
-{% endblock %}
-"""
-_templates = Environment(loader=DictLoader({"macros": _MACROS, "frame": _FRAME}),
-                         autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+_templates = Environment(loader=PackageLoader("acl_nb"), autoescape=True,
+                         undefined=StrictUndefined, trim_blocks=True)
 
 # %% ../nbs/530_report.ipynb #5d605d4a
 def _tiles(scores):
@@ -262,7 +174,7 @@ def class_rows(
 # %% ../nbs/530_report.ipynb #53a0e030
 def fill_page(
     path,            # of the HTML file
-    template:str,    # text of a jinja2 template that extends "frame" and may fill its block `numbers`
+    template:str,    # a file in acl_nb/templates that extends page.html.j2
     title:str,       # heading of the page
     lead:str,        # what the numbers are of
     figures:dict,    # name -> plotly Figure, or a dict of title and HTML (`drawn`)
@@ -273,9 +185,8 @@ def fill_page(
     "Write one self-contained page; it opens offline."
     tables = {heading: _cells(rows) for heading, rows in folded.items()}
     drawn = _drawn(figures, _ABOUT if about is None else about)
-    page = _templates.from_string(template)
-    html = page.render(title=title, lead=lead, style=_STYLE, figures=drawn, tables=tables, **values)
-    write_text(path, html)
+    page = _templates.get_template(template)
+    write_text(path, page.render(title=title, lead=lead, figures=drawn, tables=tables, **values))
 
 # %% ../nbs/530_report.ipynb #ca979f49
 KNOWN = ("Below a number: its interval of 95 %, from resampling the test images (bootstrap). "
@@ -292,7 +203,7 @@ def write_page(
 ):
     "The page about a test, with its accuracies in tiles."
     known = KNOWN if scores.get("intervals") else ""
-    fill_page(path, _TILES, title, lead, figures, folded, tiles=_tiles(scores), known=known)
+    fill_page(path, "test.html.j2", title, lead, figures, folded, tiles=_tiles(scores), known=known)
 
 # %% ../nbs/530_report.ipynb #8763da97
 def _lead(run):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .build import build, find_setup, start_processes
-from .callbacks import TRACKERS, Ema, Progress, Saver
+from .callbacks import Ema, Progress, Saver
 from .checkpoints import latest, load_checkpoint
 from .checks import OneLineError, choose, require, user_path
 from .loading import LoaderDied
@@ -26,6 +26,7 @@ from .processes import Stopped, all_or_none, from_first, rank, require_same, wor
 from .records import Run, begin_folder, check_data, fingerprint, hold_folder
 from .records import note_plugins, open_folder
 from .settings import Recipe
+from .trackers import TRACKERS
 
 # %% ../nbs/590_trainer.ipynb #5d8196fb
 def _resume(asked):
@@ -172,12 +173,14 @@ def fit(
     quiet:bool=False,        # print nothing
     save_every:float=300.,   # seconds between checkpoints within an epoch
     tensorboard:bool=False,  # the same as track="tensorboard", which writes to out/tensorboard
-    workers:int=None,        # loading processes; None: none for images in memory, else one per CPU, up to 8
+    workers:int|None=None,   # loading processes; None: none for images in memory, else one per CPU, up to 8
     callbacks=(),            # more objects with methods named like events, see `acl_nb.callbacks`
     hooks=(),                # the same, by the name they had once
-    track:str=None,          # show the run to trackio | wandb | tensorboard, see `TRACKERS`
+    track:str|None=None,     # show the run to trackio | wandb | tensorboard, see `TRACKERS`
 ) -> Run:                    # the finished run; None for a process that does not see its folder
     "Train a recipe into a run folder (`acl_nb.records`). Seeds the random numbers of Python, numpy and torch."
+    rule = '`recipe` must be a Recipe, such as recipe("digits_lt") of acl_nb.recipes'
+    require(isinstance(recipe, Recipe), rule, lambda: f"{type(recipe).__name__} {recipe!r:.40}")
     require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
     tracked = _wanted(track, tensorboard)
     out, accelerator = user_path(out), start_processes()

@@ -12,7 +12,7 @@ from math import ceil, pi
 
 import torch
 
-from .checks import require
+from .checks import is_transformed, require
 
 # %% ../nbs/250_vmf.ipynb #6729ec32
 def _debye_polynomials(n_terms):
@@ -78,25 +78,33 @@ def log_bessel(
     return of_largest - sum((x * r).log() for r in ratios[:-1])
 
 # %% ../nbs/250_vmf.ipynb #1073d8fe
+def _value_and_ratio(shift, kappa, order):
+    "The logarithm, and twice its derivative in the shift."
+    before = kappa * kappa
+    shift = torch.maximum(shift, -before)      # no length is below 0, whatever rounding says
+    old_ratios, old_s, old_terms = _ratios(order, before)
+    ratios, s, terms = _ratios(order, before + shift)
+    largest = order + len(ratios) - 1
+    longer = shift / (s + old_s)
+    value = longer - largest * (longer / (largest + old_s)).log1p()
+    value = value - 0.5 * (longer / old_s).log1p() + (terms - old_terms)
+    for new, old in zip(ratios[:-1], old_ratios[:-1]):
+        value = value - (new / old).log()
+    return value, ratios[0]
+
 class _LogExpectedExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shift, kappa, order): # as for `log_expected_exp`, but for the order
-        before = kappa * kappa
-        shift = torch.maximum(shift, -before)      # no length is below 0, whatever rounding says
-        old_ratios, old_s, old_terms = _ratios(order, before)
-        ratios, s, terms = _ratios(order, before + shift)
-        largest = order + len(ratios) - 1
-        longer = shift / (s + old_s)
-        value = longer - largest * (longer / (largest + old_s)).log1p()
-        value = value - 0.5 * (longer / old_s).log1p() + (terms - old_terms)
-        for new, old in zip(ratios[:-1], old_ratios[:-1]):
-            value = value - (new / old).log()
-        ctx.save_for_backward(ratios[0])
+        value, ratio = _value_and_ratio(shift, kappa, order)
+        ctx.save_for_backward(shift, kappa, ratio)
+        ctx.order = order
         return value
 
     @staticmethod
     def backward(ctx, grad): # [..., C] -> of the shift alone
-        ratio, = ctx.saved_tensors
+        shift, kappa, ratio = ctx.saved_tensors
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()     # create_graph=True
+        if twice: ratio = _value_and_ratio(shift, kappa, ctx.order)[1]
         return grad * ratio / 2, None, None
 
 # %% ../nbs/250_vmf.ipynb #85fdaf47
@@ -107,6 +115,7 @@ def log_expected_exp(
 ) -> torch.Tensor:         # [..., C] log E exp(a·k) of vMF keys k, with the gradient for `shift`
     "Log of the expected exponential of a similarity to keys of a von Mises–Fisher distribution."
     require(dim >= 2, "`dim` must be at least 2", dim)
+    if is_transformed(): return _value_and_ratio(shift, kappa, dim / 2 - 1)[0]     # by autograd, of any order
     return _LogExpectedExp.apply(shift, kappa, dim / 2 - 1)
 
 # %% ../nbs/250_vmf.ipynb #0bca0b96

@@ -30,7 +30,7 @@ def history(folder): return [{k: v for k, v in json.loads(line).items() if k != 
 BAD = {
     "unknown recipe": (["digts_lt"], "did you mean digits_lt or glyphs_lt or emoji_lt?"),
     "unknown field": (["--set", "temprature=1"], "unknown field 'temprature': did you mean temperature"),
-    "no pair": (["--set", "lr"], "--set takes field=value; got lr"),
+    "no pair": (["--set", "lr"], "--set takes field=value (--fields lists them); got lr"),
     "imbalance below 1": (["--imbalance", "0.01"], "`imbalance` must be at least 1 (largest count / smallest count); got 0.01"),
     "no views": (["--views", "0"], "`views` must be at least 1; got 0"),
     "text for a number": (["--views", "many"], "`views` must be a whole number; got 'many'"),

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import acl_nb
-from acl_nb.callbacks import TRACKERS
 from acl_nb.checks import code_commit
 from acl_nb.datasets import BENCHMARKS, DATASETS
 from acl_nb.inventory import ACTIONS
 from acl_nb.losses import LOSSES
 from acl_nb.recipes import RECIPES
 from acl_nb.settings import Recipe
+from acl_nb.trackers import TRACKERS
 
 BIN = Path(sys.executable).parent
 COMMANDS = ["acl_train", "acl_data", "acl_eval", "acl_doctor", "acl_study"]
@@ -35,6 +35,18 @@ def test_the_room_of_the_commands_imports_no_torch():
     code = "import sys, acl_nb.commands; print(*{'torch', 'numpy', 'plotly'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "\n", done.stderr
+
+def test_explorers_and_evaluation_import_no_other_room_of_the_command_line():
+    code = """if True:
+        import sys
+        rooms = {f"acl_nb.{name}" for name in ("commands", "cli", "inventory", "doctor", "features", "share", "studies")}
+        import acl_nb.widgets
+        print(*rooms & {*sys.modules})
+        import acl_nb.evaluation
+        print(*rooms & {*sys.modules})
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "\nacl_nb.commands\n", done.stderr       # `acl_eval` is made by `command`, which is light
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_tells_its_version(name, capsys):

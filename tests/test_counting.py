@@ -200,7 +200,7 @@ def test_a_share_looks_at_values_once(name):
 
 def test_the_pretended_gpu_never_takes_the_row_kernel():
     z = unit(B, V, D)
-    no_kernel = mock.patch("acl_nb.kernels.row_tile", side_effect=AssertionError("Triton can't run there"))
+    no_kernel = mock.patch("acl_nb.row_kernel.row_tile", side_effect=AssertionError("Triton can't run there"))
     with mock.patch.object(row_kernel, "_is_right_on", lambda device: True), no_kernel:
         assert row_kernel.runs_on(torch.device("cuda"))
         with PretendGPU() as gpu:

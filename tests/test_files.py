@@ -97,7 +97,7 @@ def test_an_ugly_tree_trains_and_its_report_says_what_was_done(ugly, tmp_path):
     assert 100 <= met["unreadable"] <= 120 and 50 <= met["deep"] <= 60 and 50 <= met["animated"] <= 60
     assert 50 <= met["transparent"] <= 60 and 50 <= met["turned"] <= 60 and len(skipped) == 100
     assert all(Path(name).stem in ("image 20", "image 30") for name in skipped)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("training images: "))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("training images (3,000): "))
     assert f"{met['unreadable']} could not be read and were skipped (TRAIN/class " in line and "60 .heic" in line
     page = (tmp_path/"run/report.html").read_text(encoding="utf-8")
     assert "Images that were skipped" in page and "were skipped (TRAIN/class" in page and "60 .heic" in page

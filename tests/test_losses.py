@@ -115,7 +115,7 @@ Z, Y, C = F.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_se
 
 @pytest.mark.parametrize("f", [scl_loss, bcl_loss, acl_loss])
 @pytest.mark.parametrize("z, labels, centers, temperature, said", [
-    (Z[0], Y, C, .1, "`z` must be [B, V, D]"), (2*Z, Y, C, .1, "unit length (within 0.02)"), (Z * float("nan"), Y, C, .1, "must be finite"),
+    (Z[0, 0], Y, C, .1, "`z` must be [B, V, D]"), (2*Z, Y, C, .1, "unit length (within 0.02)"), (Z * float("nan"), Y, C, .1, "must be finite"),
     (Z, Y + 1, C, .1, "below the 2 classes"), (Z, Y - 1, C, .1, "at least 0; got -1"), (Z, Y.float(), C, .1, "whole numbers; got torch.float32"),
     (Z, Y[:2], C, .1, "`labels` must be [B] = [3]; got [2]"), (Z, Y, C[:, :3], .1, "`centers` must be [C, 4]"), (Z, Y, C, 0., "`temperature` must be positive; got 0.0")])
 def test_bad_input_is_one_sentence(f, z, labels, centers, temperature, said):

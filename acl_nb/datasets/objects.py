@@ -115,8 +115,10 @@ def picture_pixels(
     if isinstance(picture, torch.Tensor):
         if picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[0] in (1, 3):
             return picture.expand(3, -1, -1), Note(0)
+        if picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[0] == 4:
+            picture = picture.permute(1, 2, 0).numpy()        # red, green, blue and opacity
     as_pil = _picture_of_array(picture) if isinstance(picture, np.ndarray) else picture
-    rule = (f"{where} must be a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [1 or 3, H, W] "
+    rule = (f"{where} must be a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [1, 3 or 4, H, W] "
             "(without a transform to floats: views and normalisation come later)")
     require(hasattr(as_pil, "convert"), rule, _shown(picture))
     try: pixels, notes = pixels_of(as_pil, background)

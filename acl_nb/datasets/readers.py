@@ -225,9 +225,12 @@ def require_same_classes(
     "Refuse two parts whose classes differ in number or, where both have names, in a name."
     a, b = train.classes, test.classes
     rule = f"{what} train and test must have the same classes".strip()
-    require(len(a) == len(b), rule, f"{len(a)} and {len(b)} classes")
-    numbers = [str(c) for c in range(len(a))]
-    if numbers in (a, b):
+    numbers_of = lambda names: [str(c) for c in range(len(names))]
+    named = a != numbers_of(a) and b != numbers_of(b)
+    alone = sorted(set(map(str, a)) ^ set(map(str, b))) if named else []
+    which = f": only one has {', '.join(alone[:5])}" + (", …" if len(alone) > 5 else "") if alone else ""
+    require(len(a) == len(b), rule, f"{len(a)} and {len(b)} classes{which}")
+    if not named:
         return
     for c, (x, y) in enumerate(zip(a, b)):
         require(x == y, rule, f"{x!r} and {y!r} for class {c}")

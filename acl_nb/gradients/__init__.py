@@ -13,13 +13,14 @@ from math import log
 import torch
 import torch.nn.functional as F
 
-from ..checks import choose, require
+from ..checks import check_is_due, choose, require
 from ..counts import log_prior
 from .scl import PairGradients, class_balance, conflict_rate, embedding_gradient
 from .scl import equal_targets, mean_over_anchors
 from .scl import scl_pair_gradients, softmax_shares
+from ..losses.acl import _classes_to_cover
 from ..losses.proco import class_distributions
-from ..pairs import Contrast, _check_unit, check_negatives, contrast
+from ..pairs import Contrast, Embeddings, _check_unit, as_views, check_negatives, contrast
 from ..pairs import key_counts, masked_logsumexp, negative_weights
 from ..vmf import bessel_ratio, log_expected_exp
 
@@ -51,7 +52,7 @@ def _aligned(pairs, log_w):
 
 # %% ../../nbs/380_gradients.ipynb #3b344da8
 def _acl_pair_gradients(pairs, aligned=True, negatives="batch", class_counts=None):
-    check_negatives(negatives, class_counts, int(pairs.key_labels.max()) + 1)
+    check_negatives(negatives, class_counts, _classes_to_cover(negatives, pairs.key_labels))
     log_w = negative_weights(pairs, negatives, class_counts)
     if aligned:
         return _aligned(pairs, log_w)
@@ -93,8 +94,9 @@ def _check_paco(pairs, logits, class_counts, alpha, beta, gamma):
     n_classes, shape = len(class_counts), [len(pairs.sim), len(class_counts)]
     require(logits.ndim in (2, 3) and list(logits.flatten(0, -2).shape) == shape,
             f"`logits` must be [N, C] or [B, V, C], here {shape}", list(logits.shape))
-    largest = int(pairs.labels.max())
-    require(largest < n_classes, f"`labels` must be below the {n_classes} classes", largest)
+    if check_is_due(f"largest label of {n_classes} logits", pairs.labels):
+        largest = int(pairs.labels.max())
+        require(largest < n_classes, f"`labels` must be below the {n_classes} classes", largest)
     require(alpha >= 0 and beta > 0 and gamma > 0,
             "`alpha` must be at least 0, `beta` and `gamma` positive", [alpha, beta, gamma])
 
@@ -204,22 +206,22 @@ def _of_distributions(z, labels, settings):
 # %% ../../nbs/380_gradients.ipynb #c8f3484a
 @torch.no_grad()
 def pair_gradients(
-    loss,                       # "scl" | "dscl" | "bcl" | "acl" | "paco" | "proco"; or a function
-    z,                          # [B, V, D] unit length; or a `Contrast`, not for "proco"
-    labels:torch.Tensor=None,   # [B] in 0..C-1
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys; not for "paco", "proco"
-    **kw,                       # temperature; "dscl": alpha; "proco": means, class_counts;
-                                # "acl": aligned, negatives, class_counts;
-                                # "paco": logits, class_counts, keys, key_labels, alpha, beta, gamma
-) -> PairGradients:             # columns of "paco": anchors, `keys`, then the C logits as keys;
-                                # of "proco": anchors, then the C classes
+    loss,                            # "scl" | "dscl" | "bcl" | "acl" | "paco" | "proco"; or a function
+    z:Embeddings|Contrast,           # unit length, as `as_views` takes it; not for "proco": a `Contrast`
+    labels:torch.Tensor|None=None,   # [B] in 0..C-1
+    centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys; not for "paco", "proco"
+    **kw,                            # temperature; "dscl": alpha; "proco": means, class_counts;
+                                     # "acl": aligned, negatives, class_counts;
+                                     # "paco": logits, class_counts, keys, key_labels, alpha, beta, gamma
+) -> PairGradients:                  # columns of "paco": anchors, `keys`, then the C logits as keys;
+                                     # of "proco": anchors, then the C classes
     "Derivatives of a batch loss with respect to every similarity, if possible in closed form."
     taken_as = {"paco": "logits", "proco": "means"}.get(loss if isinstance(loss, str) else None)
     no_centers = taken_as is None or centers is None
     require(no_centers, f'"{loss}" takes its centres as `{taken_as}`, not as `centers`')
+    if isinstance(z, Contrast) and loss != "proco": return gradients_of_pairs(loss, z, **kw)
+    if not isinstance(z, Contrast): z = as_views(z)
     if loss == "proco": return _of_distributions(z, labels, kw)
-    if isinstance(z, Contrast):
-        return gradients_of_pairs(loss, z, **kw)
     form, temperature, (keys, key_labels), settings = _form_and_settings(loss, kw)
     if form is _dscl_pair_gradients: settings["views"] = z.shape[1]
     pairs = contrast(z, labels, temperature, centers)

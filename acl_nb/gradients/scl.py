@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..checks import require
-from ..pairs import Contrast, masked_logsumexp
+from ..pairs import Contrast, Embeddings, as_views, masked_logsumexp
 
 # %% ../../nbs/320_gradients.scl.ipynb #384b4f41
 class PairGradients(NamedTuple):
@@ -61,12 +61,13 @@ def scl_pair_gradients(
 # %% ../../nbs/320_gradients.scl.ipynb #26acc8d6
 @torch.no_grad()
 def embedding_gradient(
-    pairs:PairGradients,        # of a batch
-    z:torch.Tensor,             # [B, V, D] the batch
-    centers:torch.Tensor=None,  # [C, D] the keys after the anchors: the centres, or a queue
-    temperature:float=0.1,      # the loss's
-) -> torch.Tensor:              # [B, V, D] ∂(batch loss)/∂z, without what comes through logits
+    pairs:PairGradients,             # of a batch
+    z:Embeddings,                    # the batch, in any shape that `as_views` takes
+    centers:torch.Tensor|None=None,  # [C, D] the keys after the anchors: the centres, or a queue
+    temperature:float=0.1,           # the loss's
+) -> torch.Tensor:                   # [B, V, D] ∂(batch loss)/∂z, without what comes through logits
     "Gradient of the batch loss with respect to the embeddings."
+    z = as_views(z)
     flat = z.flatten(0, 1).to(pairs.coef)
     keys = flat if centers is None else torch.cat([flat, centers.to(flat)])
     n_keys = pairs.coef.shape[1]

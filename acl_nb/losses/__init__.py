@@ -28,7 +28,6 @@ from .paco import GPaCoLoss, PaCoLoss, gpaco_loss, paco_loss
 from .proco import ClassMeans, ProCoLoss, proco_loss
 from .scl import DSCLLoss, SCLLoss, dscl_loss, scl_loss
 from ..processes import Share
-from ..views.mixing import mixed_loss
 
 # %% ../../nbs/370_losses.ipynb #beff276c
 _all_ = ["SCLLoss", "scl_loss", "DSCLLoss", "dscl_loss"]
@@ -215,6 +214,12 @@ def _of_logits(loss, logits, labels, share):
     if share.of > 1 and not more: labels = labels[share.rows(len(labels))]
     return loss(logits, labels, **more)
 
+def _of_both(of, labels, mixed):
+    "A classifier's loss, a function of the labels: of both labels where images were mixed."
+    if mixed is None: return of(labels)
+    from acl_nb.views.mixing import mixed_loss      # here: views import torchvision, which no loss needs
+    return mixed_loss(of, labels, *mixed)
+
 def _of_embeddings(objective, out, labels, keys, share):
     "A contrastive loss of all embeddings; ProCo's takes the means of the classes as keys."
     loss = objective.contrastive
@@ -243,7 +248,7 @@ def forward(self:Objective,
     parts = {}
     if self.classifier is not None:
         of = lambda labels: _of_logits(self.classifier, out.logits, labels, share)
-        parts["classifier"] = of(labels) if mixed is None else mixed_loss(of, labels, *mixed)
+        parts["classifier"] = _of_both(of, labels, mixed)
     if self.contrastive is None: return parts["classifier"], parts
     parts["contrastive"] = _of_embeddings(self, out, labels, keys, share)
     return parts.get("classifier", 0) + self.weight * parts["contrastive"], parts

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checks import check_is_due
 from ..kernels import Weights, tiled_loss
-from ..pairs import check_negatives, check_pairs, column_and_row
+from ..pairs import Embeddings, check_negatives, check_pairs, column_and_row
 from ..pairs import contrast, masked_logsumexp, negative_weights
 from ..processes import Share
 
@@ -36,14 +36,14 @@ def _terms(c, log_w, aligned):
 
 # %% ../../nbs/330_losses.acl.ipynb #5c9722e3
 def acl_loss_plain(
-    z:torch.Tensor,             # [B, V, D] unit length
-    labels:torch.Tensor,        # [B] in 0..C-1
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
-    temperature:float=0.1,      # τ > 0
-    aligned:bool=True,          # a term's denominator holds its own positive and the negatives only
-    negatives:str="batch",      # weight of the negatives: batch | prior | adjusted | none
-    class_counts=None,          # [C] training images of each class, for "prior" and "adjusted"
-) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
+    z:Embeddings,                    # unit length, in any shape that `as_views` takes
+    labels:torch.Tensor,             # [B] in 0..C-1
+    centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys
+    temperature:float=0.1,           # τ > 0
+    aligned:bool=True,               # a term's denominator holds its own positive and the negatives only
+    negatives:str="batch",           # weight of the negatives: batch | prior | adjusted | none
+    class_counts=None,               # [C] training images of each class, for "prior" and "adjusted"
+) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
     "`acl_loss` with whole matrices, for reading and for autograd."
     c = contrast(z, labels, temperature, centers)
     check_negatives(negatives, class_counts, _classes_to_cover(negatives, c.key_labels))
@@ -54,15 +54,15 @@ def acl_loss_plain(
 
 # %% ../../nbs/330_losses.acl.ipynb #74ece406
 def acl_loss(
-    z:torch.Tensor,             # [B, V, D] unit length
-    labels:torch.Tensor,        # [B] in 0..C-1
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
-    temperature:float=0.1,      # τ > 0
-    aligned:bool=True,          # a term's denominator holds its own positive and the negatives only
-    negatives:str="batch",      # weight of the negatives: batch | prior | adjusted | none
-    class_counts=None,          # [C] training images of each class, for "prior" and "adjusted"
-    share:Share=Share(),        # of the anchors, as in `tiled_loss`; the whole in one process
-) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
+    z:Embeddings,                    # unit length, in any shape that `as_views` takes
+    labels:torch.Tensor,             # [B] in 0..C-1
+    centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys
+    temperature:float=0.1,           # τ > 0
+    aligned:bool=True,               # a term's denominator holds its own positive and the negatives only
+    negatives:str="batch",           # weight of the negatives: batch | prior | adjusted | none
+    class_counts=None,               # [C] training images of each class, for "prior" and "adjusted"
+    share:Share=Share(),             # of the anchors, as in `tiled_loss`; the whole in one process
+) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
     "Aligned contrastive loss (Ma et al., arXiv 2506.01071)."
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels
@@ -82,7 +82,7 @@ class ACLLoss(nn.Module):
         super().__init__()
         check_negatives(negatives, class_counts, 0)
         self.temperature, self.aligned, self.negatives = temperature, aligned, negatives
-        counts = None if class_counts is None else torch.as_tensor(class_counts)
+        counts = None if class_counts is None else torch.as_tensor(class_counts).clone()
         self.register_buffer("class_counts", counts)
 
     def forward(self, z, labels, centers=None, share=Share()): # [B, V, D], [B], [C, D] -> scalar

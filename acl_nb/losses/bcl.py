@@ -11,7 +11,8 @@ from torch import nn
 
 from ..checks import require
 from ..kernels import Weights, tiled_loss
-from ..pairs import check_pairs, column_and_row, contrast, key_counts, masked_logsumexp
+from ..pairs import Embeddings, check_pairs, column_and_row
+from ..pairs import contrast, key_counts, masked_logsumexp
 from ..processes import Share
 
 # %% ../../nbs/340_losses.bcl.ipynb #16eec909
@@ -21,7 +22,7 @@ def _check_given(centers):
 
 # %% ../../nbs/340_losses.bcl.ipynb #bc100003
 def bcl_loss_plain(
-    z:torch.Tensor,         # [B, V, D] unit length
+    z:Embeddings,           # unit length, in any shape that `as_views` takes
     labels:torch.Tensor,    # [B] in 0..C-1
     centers:torch.Tensor,   # [C, D] unit length, joined to the keys
     temperature:float=0.1,  # τ > 0
@@ -37,7 +38,7 @@ def bcl_loss_plain(
 
 # %% ../../nbs/340_losses.bcl.ipynb #e868908a
 def bcl_loss(
-    z:torch.Tensor,         # [B, V, D] unit length
+    z:Embeddings,           # unit length, in any shape that `as_views` takes
     labels:torch.Tensor,    # [B] in 0..C-1
     centers:torch.Tensor,   # [C, D] unit length, joined to the keys
     temperature:float=0.1,  # τ > 0

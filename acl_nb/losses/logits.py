@@ -37,7 +37,8 @@ def _flat(logits, labels, share=Share()):
         mine, labels = (y.repeat_interleave(logits.shape[1]) for y in (mine, labels))
     logits = logits.flatten(0, -2)
     widened = logits if logits.dtype == torch.float64 else logits.float()
-    return widened, mine.long(), labels.long()
+    mine, labels = (y.to(logits.device).long() for y in (mine, labels))
+    return widened, mine, labels
 
 # %% ../../nbs/360_losses.logits.ipynb #e1a759d1
 def ce_loss(
@@ -228,8 +229,8 @@ class LDAMLoss(nn.Module):
         super().__init__()
         ldam_margins(class_counts, max_margin)    # refuses bad settings now, not at the first batch
         self.max_margin, self.scale = max_margin, scale
-        self.register_buffer("class_counts", torch.as_tensor(class_counts))
-        self.register_buffer("weights", None if weights is None else torch.as_tensor(weights))
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone())
+        self.register_buffer("weights", None if weights is None else torch.as_tensor(weights).clone())
 
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
         settings = self.class_counts, self.max_margin, self.scale, self.weights
@@ -258,7 +259,7 @@ class LogitAdjustedLoss(nn.Module):
         super().__init__()
         require(0 <= smoothing < 1, "`smoothing` must be at least 0 and below 1", smoothing)
         log_prior(class_counts)    # refuses a class without an image now, not at the first batch
-        self.register_buffer("class_counts", torch.as_tensor(class_counts))
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone())
         self.tau, self.smoothing = tau, smoothing
 
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
@@ -273,7 +274,7 @@ class ClassBalancedLoss(nn.Module):
     ):
         super().__init__()
         class_balanced_weights(class_counts, beta)    # refuses bad settings now, not at the first batch
-        self.register_buffer("class_counts", torch.as_tensor(class_counts))
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone())
         self.beta = beta
 
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
@@ -291,7 +292,7 @@ class GCLLoss(nn.Module):
         log_prior(class_counts)    # refuses a class without an image now, not at the first batch
         _check_cloud(cloud, margin, scale)
         self.settings = dict(cloud=cloud, margin=margin, scale=scale)
-        self.register_buffer("class_counts", torch.as_tensor(class_counts))
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone())
 
     def forward(self, logits, labels, share=Share()): # [B, C] or [B, V, C], [B] -> scalar
         return gcl_loss(logits, labels, self.class_counts, **self.settings, share=share)

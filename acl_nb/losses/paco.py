@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import check_is_due, require
 from ..counts import log_prior
-from ..pairs import _check_unit, flatten_views
+from ..pairs import Embeddings, _check_unit, as_views, flatten_views
 from ..processes import Share
 
 # %% ../../nbs/350_losses.paco.ipynb #08e2856b
@@ -104,7 +104,7 @@ def paco_loss(
     _check_settings(class_counts, alpha, beta, gamma, temperature, smooth)
     _check_batch(q, keys, labels, key_labels, logits, C, share)
     joined, itself = _join(q, keys, logits, class_counts, temperature, share)
-    own_labels = labels[share.rows(len(q))]
+    own_labels = labels.to(q.device)[share.rows(len(q))]
     weight = _targets(own_labels, key_labels, itself, C, alpha, beta, smooth, joined.dtype)
     of_keys = joined.new_full(itself.shape, log(gamma)).masked_fill(itself, -torch.inf)
     log_factor = F.pad(of_keys, (C, 0))                    # 0 for the logits
@@ -112,20 +112,22 @@ def paco_loss(
 
 # %% ../../nbs/350_losses.paco.ipynb #212507b5
 def gpaco_loss(
-    z:torch.Tensor,                   # [B, V, D] unit length; every view is an anchor
+    z:Embeddings,                     # unit length, as `as_views` takes it; every view is an anchor
     labels:torch.Tensor,              # [B] in 0..C-1
-    logits:torch.Tensor,              # [B, V, C] (of the share) plain: the prior is added here
+    logits:torch.Tensor,              # [B, V, C], or [N, C] (of the share) plain: the prior is added here
     class_counts,                     # [C] training images of each class, each at least 1
     alpha:float,                      # target weight of a same-class key
     beta:float=1.0,                   # target weight of the own class's centre
     gamma:float=1.0,                  # weight of the keys in the denominator
     temperature:float=0.2,            # τ > 0, of the similarities
     smooth:float=0.0,                 # part of the centre's target spread over the other classes
-    queue:torch.Tensor=None,          # [Q, D] older keys, unit length
-    queue_labels:torch.Tensor=None,   # [Q] in 0..C-1
+    queue:torch.Tensor|None=None,     # [Q, D] older keys, unit length
+    queue_labels:torch.Tensor|None=None,  # [Q] in 0..C-1
     share:Share=Share(),              # of the images: theirs are the terms and `logits`
 ) -> torch.Tensor:                    # scalar, mean over all views (of the share)
     "`paco_loss` with every view as an anchor (GPaCo, Cui et al. 2022)."
+    z = as_views(z)
+    if logits.ndim == 2: logits = logits[:, None]          # of one view, as z [N, D]
     same_views = z.ndim == 3 and logits.shape[:-1] == z[share.rows(len(z))].shape[:2]
     got = f"{list(z.shape)} and {list(logits.shape)}"
     require(same_views, "`z` and `logits` must be [B, V, D] and [B, V, C]", got)
@@ -133,7 +135,7 @@ def gpaco_loss(
     both_or_none = (queue is None) == (queue_labels is None)
     require(both_or_none, "`queue` and `queue_labels` must be given together")
 
-    q, y = flatten_views(z, labels)
+    q, y = flatten_views(z, labels.to(z.device))
     keys, key_labels = q, y
     if queue is not None:
         keys = torch.cat([q, queue.to(q)])
@@ -154,7 +156,7 @@ class PaCoLoss(nn.Module):
     ):
         super().__init__()
         _check_settings(class_counts, alpha, beta, gamma, temperature, smooth)
-        self.register_buffer("class_counts", torch.as_tensor(class_counts))
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone())
         self.settings = dict(alpha=alpha, beta=beta, gamma=gamma,
                              temperature=temperature, smooth=smooth)
 

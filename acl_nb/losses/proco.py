@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checks import check_is_due, require
 from ..counts import log_prior
+from ..pairs import Embeddings, as_views
 from ..processes import Share
 from ..vmf import concentration, log_expected_exp
 
@@ -26,7 +27,7 @@ def class_distributions(
 # %% ../../nbs/355_losses.proco.ipynb #4c7a7e0b
 def _check_batch(z, labels, means, n_classes):
     has_shape = z.ndim == 3 and z.shape[0] >= 1 and z.shape[1] >= 1
-    require(has_shape, "`z` must be [B, V, D] with B >= 1 and V >= 1", list(z.shape))
+    require(has_shape, "`z` must be [B, V, D] or [N, D] with B, V, N >= 1", list(z.shape))
     require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     require(whole, "`labels` must be whole numbers", labels.dtype)
@@ -42,7 +43,7 @@ def _check_batch(z, labels, means, n_classes):
 
 # %% ../../nbs/355_losses.proco.ipynb #538f0430
 def proco_loss(
-    z:torch.Tensor,         # [B, V, D] unit length
+    z:Embeddings,           # unit length, in any shape that `as_views` takes
     labels:torch.Tensor,    # [B] in 0..C-1
     means:torch.Tensor,     # [C, D] mean embedding of each class, a constant
     class_counts,           # [C] training images of each class, each at least 1
@@ -51,6 +52,7 @@ def proco_loss(
 ) -> torch.Tensor:          # scalar, mean over all anchors
     "Probabilistic contrastive loss, L_in (Du et al. 2024)."
     require(temperature > 0, "`temperature` must be positive", temperature)
+    z = as_views(z)
     _check_batch(z, labels, means, len(class_counts))
     mine = share.rows(len(z))
     anchors = z[mine].flatten(0, 1)
@@ -60,7 +62,7 @@ def proco_loss(
         sim = anchors @ directions.T / temperature
     expected = log_expected_exp(1 / temperature**2 + 2 * kappa * sim, kappa, z.shape[-1])
     prior = log_prior(class_counts, torch.float64).to(expected)
-    of_anchors = labels[mine].long().repeat_interleave(z.shape[1])
+    of_anchors = labels.to(z.device)[mine].long().repeat_interleave(z.shape[1])
     total = F.cross_entropy(expected + prior, of_anchors, reduction="sum")
     return share.of * total / (z.shape[0] * z.shape[1])
 
@@ -90,8 +92,9 @@ class ClassMeans(nn.Module):
         labels:torch.Tensor,  # [B] in 0..C-1
     ):
         "Add the embeddings of a batch; no gradient."
+        z = as_views(z)
         rows = z.flatten(0, 1).to(self.sums)
-        of_rows = labels.long().repeat_interleave(z.shape[1])
+        of_rows = labels.to(rows.device).long().repeat_interleave(z.shape[1])
         self.sums[1].index_add_(0, of_rows, rows)
         self.counts[1].index_add_(0, of_rows, torch.ones_like(rows[:, 0]))
 
@@ -113,7 +116,7 @@ class ProCoLoss(nn.Module):
         super().__init__()
         log_prior(class_counts)    # refuses a class without an image now, not at the first batch
         require(temperature > 0, "`temperature` must be positive", temperature)
-        self.register_buffer("class_counts", torch.as_tensor(class_counts))
+        self.register_buffer("class_counts", torch.as_tensor(class_counts).clone())
         self.temperature = temperature
 
     def forward(self, z, labels, means, share=Share()): # [B, V, D], [B], [C, D] -> scalar

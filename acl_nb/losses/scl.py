@@ -11,16 +11,16 @@ from torch import nn
 
 from ..checks import require
 from ..kernels import tiled_loss
-from ..pairs import check_pairs, contrast, count_alike, masked_logsumexp
+from ..pairs import Embeddings, as_views, check_pairs, contrast, count_alike, masked_logsumexp
 from ..processes import Share
 
 # %% ../../nbs/310_losses.scl.ipynb #faafe429
 def scl_loss_plain(
-    z:torch.Tensor,             # [B, V, D] unit length
-    labels:torch.Tensor,        # [B] in 0..C-1
-    temperature:float=0.1,      # τ > 0
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
-) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
+    z:Embeddings,                    # unit length, in any shape that `as_views` takes
+    labels:torch.Tensor,             # [B] in 0..C-1
+    temperature:float=0.1,           # τ > 0
+    centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys
+) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
     "`scl_loss` with whole matrices, for reading and for autograd."
     c = contrast(z, labels, temperature, centers)
     n_pos = c.positive.sum(1)
@@ -30,12 +30,12 @@ def scl_loss_plain(
 
 # %% ../../nbs/310_losses.scl.ipynb #85c8488e
 def scl_loss(
-    z:torch.Tensor,             # [B, V, D] unit length
-    labels:torch.Tensor,        # [B] in 0..C-1
-    temperature:float=0.1,      # τ > 0
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys
-    share:Share=Share(),        # of the anchors, as in `tiled_loss`; the whole in one process
-) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
+    z:Embeddings,                    # unit length, in any shape that `as_views` takes
+    labels:torch.Tensor,             # [B] in 0..C-1
+    temperature:float=0.1,           # τ > 0
+    centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys
+    share:Share=Share(),             # of the anchors, as in `tiled_loss`; the whole in one process
+) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
     "Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2)."
     batch = check_pairs(z, labels, temperature, centers)
     return tiled_loss(*batch, temperature, aligned=False, share=share)
@@ -73,21 +73,22 @@ def _own_minus_rest(views, labels, centers):
 
 # %% ../../nbs/310_losses.scl.ipynb #58593791
 def dscl_loss(
-    z:torch.Tensor,             # [B, V, D] unit length
-    labels:torch.Tensor,        # [B] in 0..C-1
-    alpha:float=0.1,            # 0 <= α <= 1, part of the target that the anchor's own views share
-    temperature:float=0.1,      # τ > 0
-    centers:torch.Tensor=None,  # [C, D] unit length, joined to the keys: among the other positives
-    share:Share=Share(),        # of the anchors, as in `tiled_loss`; the whole in one process
-) -> torch.Tensor:              # scalar, mean over the anchors that have a positive; 0 if none has
+    z:Embeddings,                    # unit length, in any shape that `as_views` takes
+    labels:torch.Tensor,             # [B] in 0..C-1
+    alpha:float=0.1,                 # 0 <= α <= 1, part of the target that the anchor's own views share
+    temperature:float=0.1,           # τ > 0
+    centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys: among the other positives
+    share:Share=Share(),             # of the anchors, as in `tiled_loss`; the whole in one process
+) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
     "Decoupled supervised contrastive loss (Xuan and Zhang 2024), without its patch-based self-distillation."
     require(0 <= alpha <= 1, "`alpha` must lie in [0, 1]", alpha)
+    z = as_views(z)
     batch = check_pairs(z, labels, temperature, centers)
     scl = tiled_loss(*batch, temperature, aligned=False, share=share)
     if z.shape[1] == 1:
         return scl
-    views = batch.z.view(z.shape)
-    difference, n_rest = _own_minus_rest(views, labels.long(), batch.centers)
+    views, of_views = batch.z.view(z.shape), batch.labels.view(z.shape[:2])
+    difference, n_rest = _own_minus_rest(views, of_views[:, 0].contiguous(), batch.centers)
     n_own = z.shape[1] - 1
     moved = torch.where(n_rest > 0, n_own / (n_own + n_rest).to(views.dtype) - alpha, 0)
     terms = (moved[:, None] * (views * difference).sum(-1) / temperature).flatten()

@@ -249,21 +249,13 @@ def plot_confusion(
     order = _head_to_tail(counts)
     share = _confused(table, order)
     names = _block_names([str(name) for name in _names(classes, order)])
-    places = list(range(len(names)))
-    if len(names) <= 20:
-        pairs = [[f"{a} taken for {b}" for b in names] for a in names]
-        hover = "%{customdata}"
-        towards_tail = towards_head = ""
-        ticks = dict(tickvals=places, ticktext=names)
-    else:
-        pairs = None
-        hover = "row %{y}, column %{x}"
-        towards_tail, towards_head = ", head → tail", ", tail → head"
-        ticks = dict(showticklabels=False)
+    few = len(names) <= 20
+    towards_tail, towards_head = ("", "") if few else (", head → tail", ", tail → head")
+    ticks = dict(type="category", showticklabels=few)
     fig = go.Figure(go.Heatmap(
-        z=_thousandths(share), x=places, y=places, customdata=pairs, colorscale="Blues",
+        z=_thousandths(share), x=names, y=names, colorscale="Blues",
         zmin=0, zmax=1, colorbar=dict(tickformat=".0%", thickness=12),
-        hovertemplate=hover + ": %{z:.1%}<extra></extra>"))
+        hovertemplate="%{y} taken for %{x}: %{z:.1%}<extra></extra>"))
     fig.update_yaxes(title="true class" + towards_head, autorange="reversed", **ticks)
     fig.update_xaxes(title="predicted class" + towards_tail, **ticks)
     return styled(fig, title, 460)

@@ -10,7 +10,7 @@ import math
 
 import numpy
 import torch
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..counts import shot_groups
 from .look import ATTRACTION, GROUP_SHADES, LOG_TICKS, NEUTRAL, _head_to_tail
@@ -69,29 +69,9 @@ def _labels(names):
     return [{"x": x, "text": name, **how} for x, name in zip(places, short)]
 
 # %% ../../nbs/650_plots.svg.ipynb #d849aef3
-_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 270" width="480" height="270"
- font-family="system-ui, sans-serif" font-size="12" fill="#222" role="img">
-<title>{{ title }}</title>
-<rect width="480" height="270" fill="white"/>
-<text x="8" y="18" font-size="13" font-weight="600">{{ title }}</text>
-{% for shade in shades %}
-<rect x="{{ shade.x }}" y="{{ top }}" width="{{ shade.width }}" height="{{ bottom - top }}"
- fill="{{ shade.colour }}"/>
-<text x="{{ shade.x + 2 }}" y="{{ shade.y }}" font-size="11">{{ shade.name }}</text>
-{% endfor %}
-{% for tick in ticks %}
-<path d="M{{ left }} {{ tick.y }}H{{ right }}" stroke="#d8dde1"/>
-<text x="{{ left - 5 }}" y="{{ tick.y + 4 }}" text-anchor="end">{{ tick.text }}</text>
-{% endfor %}
-<path d="{{ bars }}" fill="{{ colour }}"/>
-{% for label in labels %}
-<text transform="translate({{ label.x }} {{ bottom + 13 }}) rotate({{ label.turn }})"
- text-anchor="{{ label.anchor }}" font-size="11">{{ label.text }}</text>
-{% endfor %}
-<text x="{{ right }}" y="264" text-anchor="end">{{ below }}</text>
-</svg>
-"""
-_draw = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_SVG)
+_templates = Environment(loader=PackageLoader("acl_nb"), autoescape=True,
+                         undefined=StrictUndefined, trim_blocks=True)
+_draw = _templates.get_template("chart.svg.j2")
 
 # %% ../../nbs/650_plots.svg.ipynb #d2670b9e
 def _chart(title, colour, heights, ticks, counts, classes):

@@ -7,6 +7,7 @@ __all__ = ['ViewPipeline', 'Draws', 'Policy', 'POLICIES']
 
 # %% ../../nbs/240_views.ipynb #5dd08118
 import inspect
+from collections.abc import Callable
 from math import ceil
 
 import torch
@@ -64,13 +65,15 @@ def _check_settings(size, mean, std, dtype):
 # %% ../../nbs/240_views.ipynb #00cfd945
 class ViewPipeline:
     "V views of a batch: `pipeline(images, ids, epoch)` -> float [B, V, C, size, size]."
+    __call__: Callable[..., torch.Tensor]    # written below; here for those who read types
+
     def __init__(self,
         policies,             # for each view, or one for all: a name of `POLICIES`, a `Policy`, a function
         size:int,             # height and width of the views
         mean:tuple,           # of each channel, of pixels in 0..1
         std:tuple,            # of each channel, > 0
         seed:int=0,           # of all draws
-        views:int=None,       # V, when one policy serves all; default: one per policy
+        views:int|None=None,  # V, when one policy serves all; default: one per policy
         dtype=torch.float32,  # of the result: float32 | float16 | bfloat16
         interpolation:str="bilinear",  # of photographs that `cut` scales: bilinear | bicubic
     ):
