@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import acl_nb
 from .build import Parts, build, build_data, find_setup, half_precision, start_processes
-from .checks import require, user_path
+from .checks import BadInput, require, user_path
 from .datasets import facts_of
 from .loading import batches_of, cut_where_decoded, load_batches, share_of_test
 from .models import WEIGHTS
@@ -34,7 +34,11 @@ def _recipe(run):
     odd = sorted({f.name for f in fields(Recipe)} ^ set(run.recipe))
     rule = "must have the fields of this version's recipes, no more and no fewer"
     require(not odd, f"{run.path/'recipe.json'} {rule}", ", ".join(odd[:3]))
-    return Recipe(**run.recipe)
+    try: return Recipe(**run.recipe)
+    except BadInput as e:
+        own = str(e).startswith("unknown")
+        hint = "; a name of one's own comes with --plugin FILE" if own else ""
+        raise BadInput(f"{run.path}: {e}{hint}") from None
 
 def _require_same_data(run, data, network):
     "The data must have the network's classes and the digest that the run noted."

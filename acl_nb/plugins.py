@@ -57,25 +57,25 @@ def _added(before):
     return {what: names for what, names in found.items() if names}
 
 # %% ../nbs/515_plugins.ipynb #517118ba
+def _same_file(a, b): return os.path.realpath(a) == os.path.realpath(b)
+
 def _check_name(path, known):
     "A module of this name must be this file, here and in any process that looks for it."
     require("." not in path.stem, "a plugin's name must have no dot but that of .py", path.name)
     rule = "plugins must have different names; rename one of them"
-    require(known is None or known.path == str(path), rule, lambda: f"{known.path} and {path}")
+    fits = known is None or _same_file(known.path, path)
+    require(fits, rule, lambda: f"{known.path} and {path}")
     found = None if known else find_spec(path.stem)
     origin = found and found.origin
     rule = f"Python has a module {path.stem} already: a plugin needs another name"
-    require(origin in (None, str(path)), rule, origin)
+    require(origin is None or _same_file(origin, path), rule, origin)
 
 def _execute(path, data):
     "Run the bytes of a file as a module."
     spec = spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = module_from_spec(spec)
     if str(path.parent) not in sys.path: sys.path.append(str(path.parent))
-    try: exec(compile(data, path, "exec"), vars(module))
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
+    exec(compile(data, path, "exec"), vars(module))
 
 # %% ../nbs/515_plugins.ipynb #402b5edf
 def _explained(e, path):
@@ -114,15 +114,16 @@ def load_plugin(
     require(is_file, "a plugin must be a Python file that is there, as mine.py", path)
     data, known = path.read_bytes(), PLUGINS.get(path.stem)
     sha256 = hashlib.sha256(data).hexdigest()
-    if known and (known.path, known.sha256) == (str(path), sha256): return known
+    if known and known.sha256 == sha256 and _same_file(known.path, path): return known
     _check_name(path, known)
-    if known: _forget(known)
+    if known: _forget(PLUGINS.pop(path.stem))
     before = [dict(table) for table in _all_tables()]
     try:
         if known or path.stem not in sys.modules: _execute(path, data)      # else it was imported
         adds = _added(before)
     except Exception as e:
         _restore(before)
+        sys.modules.pop(path.stem, None)
         raise _explained(e, path) from None
     PLUGINS[path.stem] = Plugin(path.name, str(path), sha256, adds)
     return PLUGINS[path.stem]
@@ -132,8 +133,9 @@ def recorded_plugins(
     folder,     # of a run
 ) -> list:      # one dict per plugin, as in its env.json; empty where there is none
     "The plugins that a run was made with."
-    noted = user_path(folder)/"env.json"
-    return (read_json(noted) or {}).get("plugins", []) if noted.is_file() else []
+    folder = user_path(folder)
+    is_run = all((folder/name).is_file() for name in ("recipe.json", "env.json"))
+    return read_json(folder/"env.json").get("plugins", []) if is_run else []
 
 def _short(sha256): return f"SHA-256 {sha256[:12]}…"
 

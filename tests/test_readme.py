@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acl_nb import doctor, recipes
+from acl_nb import doctor, plugins, recipes
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 README = (ROOT/"README.md").read_text(encoding="utf-8")
@@ -19,15 +19,26 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
 COMMANDS = [shlex.split(line, comments=True) for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
+MINE = '''from torch import nn
+from acl_nb.losses import register_loss
+
+class Mine(nn.Module):
+    def forward(self, z, labels, centers=None): return (1 - (z[:, 0] * z[:, 1]).sum(-1)).mean()
+
+register_loss("mine", Mine)
+'''
+
 @pytest.fixture(scope="module")
 def new_user(tmp_path_factory):
-    "An empty folder, recipes of one epoch, and a machine that is examined at once."
+    "A folder with nothing but a loss of one's own, recipes of one epoch, and a machine that is examined at once."
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("user"))
         for settings in recipes.RECIPES.values(): patch.setitem(settings, "epochs", 1)
         patch.setattr(doctor, "CHECKS", {"disk": doctor.CHECKS["disk"]})
         patch.setattr(doctor, "step_rate", lambda r, data: 100.)
+        Path("mine.py").write_text(MINE)
         yield patch
+    if "mine" in plugins.PLUGINS: plugins._forget(plugins.PLUGINS.pop("mine"))
 
 def script(patch, argv):
     "The installed command, in this process: a fresh one needs seconds to import torch."
