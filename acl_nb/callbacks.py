@@ -50,6 +50,12 @@ class _Voice:
 _SCORES = {"images": "top1", "classes": "mean_class",
            "many": "many", "medium": "medium", "few": "few"}      # heading -> name in the history
 
+def _first_lines(run):
+    "What a run is about; and that its batches are smaller than was asked, where they are."
+    asked, n = run.parts.recipe.batch_size, len(run.parts.data.train)
+    smaller = f"batch_size {asked:,} is more than there are: one batch of {n:,} images"
+    return [run.parts.data.in_words(), *([smaller] if asked > n else [])]
+
 def _table_head():
     return "".join(f"{name:>9}" for name in ("epoch", "loss", *_SCORES))
 
@@ -88,7 +94,7 @@ class Progress:
 
     def begin(self, run): # the `Training`; what it is about, and the table's head
         self.started, self.before = time.monotonic(), run.step
-        self.voice.say(run.parts.data.in_words())
+        for line in _first_lines(run): self.voice.say(line)
         self.voice.say(_table_head())
 
     def after_step(self, run): # the `Training`; the bar moves
