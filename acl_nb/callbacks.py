@@ -50,10 +50,14 @@ class _Voice:
 _SCORES = {"images": "top1", "classes": "mean_class",
            "many": "many", "medium": "medium", "few": "few"}      # heading -> name in the history
 
-def _table_head(data):
-    "What is trained and tested on, and the names of the columns."
-    names = "".join(f"{name:>9}" for name in ("epoch", "loss", *_SCORES))
-    return f"{data.in_words()}\n{names}"
+def _first_lines(run):
+    "What a run is about; and that its batches are smaller than was asked, where they are."
+    asked, n = run.parts.recipe.batch_size, len(run.parts.data.train)
+    smaller = f"batch_size {asked:,} is more than there are: one batch of {n:,} images"
+    return [run.parts.data.in_words(), *([smaller] if asked > n else [])]
+
+def _table_head():
+    return "".join(f"{name:>9}" for name in ("epoch", "loss", *_SCORES))
 
 def _table_line(row, epochs):
     scores = "".join(f"{percent(row.get(name)):>9}" for name in _SCORES.values())
@@ -90,7 +94,8 @@ class Progress:
 
     def begin(self, run): # the `Training`; what it is about, and the table's head
         self.started, self.before = time.monotonic(), run.step
-        self.voice.say(_table_head(run.parts.data))
+        for line in _first_lines(run): self.voice.say(line)
+        self.voice.say(_table_head())
 
     def after_step(self, run): # the `Training`; the bar moves
         if self.bar is None: self.bar = _new_bar(run, self.voice.quiet)

@@ -190,7 +190,7 @@ def _settings_table(differing):
             rows[name] = [(text, "", False) for text in texts]
     return rows
 
-# %% ../nbs/740_compare.ipynb #7b15bdc6
+# %% ../nbs/740_compare.ipynb #c0de0046
 def _test_scores(run):
     "The accuracies of a run, and the test images behind them where they are known."
     return run["accuracies"] | ({"tested": run["tested"]} if run["tested"] else {})
@@ -201,6 +201,7 @@ def _images(runs, name):
     if None in numbers: return ""
     return f", {' and '.join(f'{n:,}' for n in dict.fromkeys(numbers))} images"
 
+# %% ../nbs/740_compare.ipynb #7b15bdc6
 def _accuracy_names(result):
     "The accuracies that at least one run has, and how they are called."
     runs = [run["accuracies"] for run in result["runs"]]

@@ -160,7 +160,7 @@ def _write_page(result, run, parts, path, split):
     figures = _figures(result, counts, names)
     write_page(path, title, _lead(result, parts, split), result["scores"], figures, folded)
 
-# %% ../nbs/710_evaluation.ipynb #a2acb571
+# %% ../nbs/710_evaluation.ipynb #c0de0045
 def _write_table(made, parts, path, split):
     "Which image is of which class and was taken for which, and how sure that was."
     part, names = parts.data.train if split == "train" else parts.data.test, parts.data.classes
@@ -173,6 +173,7 @@ def _write_table(made, parts, path, split):
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, text.getvalue())
 
+# %% ../nbs/710_evaluation.ipynb #a2acb571
 def write_evaluation(
     result:dict,       # of `evaluate_run`
     run:Run,           # of `open_run`

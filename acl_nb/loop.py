@@ -197,6 +197,9 @@ def _made_by(run):
     "The class of the optimiser, whose state means nothing to another one."
     return {"made_by": type(run.parts.optimizer).__name__}
 
+def _states(run):
+    return {name: part.state_dict() for name, part in run.parts.learning().items()} | _made_by(run)
+
 def checkpoint_of(
     run:Standing,   # as it is; all processes together
 ) -> Checkpoint:
@@ -206,24 +209,25 @@ def checkpoint_of(
     return Checkpoint(
         epoch=run.epoch, batch=run.batch, step=run.step, seconds=time.perf_counter() - run.clock,
         run=fingerprint(run.parts.recipe), setup=run.parts.setup, sums=run.sums, grown=run.grown,
-        learnt={name: part.state_dict() for name, part in run.parts.learning().items()} | _made_by(run),
+        learnt=_states(run),
         callbacks={name: c.state_dict() for name, c in named if hasattr(c, "state_dict")},
         tested={"scores": run.scores, "predictions": run.predictions},
         random=gather_objects(random_state()), notes=getattr(run.parts.train, "notes", None))
 
-# %% ../nbs/560_loop.ipynb #bf3807b4
+# %% ../nbs/560_loop.ipynb #c0de0044
 _LOST = "a run can't go on without what its checkpoint holds"
 
 def _require_restorable(run, found):
     "Refuse a checkpoint of which something would be lost."
     here, then = _made_by(run)["made_by"], found.learnt.get("made_by")
-    named = f"{_LOST}: the optimiser must be the recipe's {here}, and no callback may replace it (see `optimizer`)"
-    require(then in (None, here), named, then)
+    rule = f"the optimiser must be the recipe's {here}, and no callback may replace it"
+    require(then in (None, here), f"{_LOST}: {rule} (see `optimizer`)", then)
     groups = [len(state["param_groups"]) for state in
               (run.parts.optimizer.state_dict(), found.learnt["optimizer"])]
     require(groups[0] == groups[1], f"{_LOST}: its optimiser must have {groups[0]} groups", groups[1])
     gone = sorted(set(found.callbacks) - set(callback_names(run.callbacks)))
-    require(not gone, f"{_LOST}: the callbacks must be those it was saved with", f"none named {', '.join(gone)}")
+    rule = f"{_LOST}: the callbacks must be those it was saved with"
+    require(not gone, rule, f"none named {', '.join(gone)}")
 
 def _require_kept(before, run):
     "What learns must be what the checkpoint was put into."
@@ -231,6 +235,7 @@ def _require_kept(before, run):
         fits = before.get(name, part) is part
         require(fits, f"{_LOST}: a callback must not replace the {name} when it begins", type(part).__name__)
 
+# %% ../nbs/560_loop.ipynb #bf3807b4
 def go_on_from(
     run:Standing,      # of the same recipe
     found:Checkpoint,  # where it stood
@@ -268,7 +273,7 @@ def end_epoch(
 
 # %% ../nbs/560_loop.ipynb #28282e2d
 def _set_rates(optimizer, rate, peak):
-    "Each group's learning rate, from that of the heads; a group of another maker keeps its own, as its peak."
+    "Each group's learning rate, from that of the heads; the peak of a foreign group is its own."
     for group in optimizer.param_groups:
         group["lr"] = rate * group.setdefault("lr_scale", group["lr"] / peak)
 

@@ -168,7 +168,7 @@ def environment() -> dict: # plain values, ready for JSON
     chosen = {"matmul": matmul_route(), "decoder": image_decoder(), "devices": _devices()}
     return {**code, **libraries, **machine, **chosen}
 
-# %% ../nbs/520_records.ipynb #83810b31
+# %% ../nbs/520_records.ipynb #c0de0043
 def _in_todays_names(summary):
     "Earlier versions called the mean over classes otherwise, or wrote the accuracies of the classes alone."
     if not summary or "per_class" not in summary: return summary
@@ -179,6 +179,7 @@ def _in_todays_names(summary):
     if "mean_per_class" in found: found["mean_class"] = found.pop("mean_per_class")
     return here
 
+# %% ../nbs/520_records.ipynb #83810b31
 class RunFiles:
     "The files of a run folder, each read when it is asked for."
     def __init__(self,

@@ -50,7 +50,8 @@ def _overall(scores):
 def _behind(scores, name):
     "The interval of an accuracy and the test images behind it, as far as they are known."
     images = scores.get("tested", {}).get(name)
-    told = [interval_text(scores.get("intervals", {}).get(name)), f"{images:,} image{'s' * (images > 1)}" if images else ""]
+    told = [interval_text(scores.get("intervals", {}).get(name))]
+    if images: told.append(f"{images:,} image{'s' * (images > 1)}")
     return ", ".join(filter(None, told))
 
 def _with_interval(scores, name):

@@ -148,12 +148,13 @@ def cut_by(self:Pictures,
     other.size = None
     return other
 
-# %% ../../nbs/150_datasets.files.ipynb #d6c68782
+# %% ../../nbs/150_datasets.files.ipynb #c0de0041
 def _size(root, name):
     "Bytes of a file; -1 where there is none."
     try: return os.stat(os.path.join(root, name)).st_size
     except OSError: return -1
 
+# %% ../../nbs/150_datasets.files.ipynb #d6c68782
 class ImageFiles(Pictures):
     "Image files below a root; an item is (image uint8 [3, H, W], label, position)."
     def __init__(self,
@@ -191,10 +192,15 @@ class ImageFiles(Pictures):
     ):
         self.index.digest_into(sha)
 
-    def sizes(self, most=10_000): # int64, bytes of so many of the files, evenly spread; None of packed ones
-        if is_packed(self.root): return None
-        step = -(-len(self) // most) or 1
-        return torch.tensor([_size(self.root, self.index.path(i)) for i in range(0, len(self), step)])
+# %% ../../nbs/150_datasets.files.ipynb #c0de0042
+@patch
+def sizes(self:ImageFiles,
+    most:int=10_000,  # of so many files, evenly spread
+):                    # int64, bytes of each; None where the files are packed
+    "How large the files are."
+    if is_packed(self.root): return None
+    step = -(-len(self) // most) or 1
+    return torch.tensor([_size(self.root, self.index.path(i)) for i in range(0, len(self), step)])
 
 # %% ../../nbs/150_datasets.files.ipynb #888f1215
 def _decodes(images, name):
