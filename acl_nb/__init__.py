@@ -73,7 +73,8 @@ def _found(name):
     try: module = import_module(f"acl_nb.{_MODULES[name]}")
     except ModuleNotFoundError as e:
         if (e.name or "acl_nb").startswith("acl_nb"): raise
-        missing = f"`acl_nb.{name}` needs {e.name}, which is not installed: pip install acl_nb brings it"
+        library = e.name.partition(".")[0]
+        missing = f"`acl_nb.{name}` needs {library}, which is not installed: pip install acl_nb brings it"
         raise ModuleNotFoundError(missing, name=e.name) from None
     return getattr(module, name)
 

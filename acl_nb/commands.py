@@ -19,7 +19,6 @@ from functools import partial, wraps
 from itertools import zip_longest
 
 from fastcore.docments import docments
-from tqdm import tqdm
 
 import acl_nb
 from .checks import OneLineError, code_commit, require
@@ -160,6 +159,7 @@ def _end(e, label, code, text=None):
     text = (text or str(e)).split("checks.BadInput: ")[-1]
     line = f"{label}: {' '.join(text.split())}"
     speaker = _speaker(e)
+    from tqdm import tqdm                               # here: --help need not wait for it
     if speaker is not None: tqdm.write(speaker + line, file=sys.stderr)     # above a progress bar
     sys.exit(code)
 

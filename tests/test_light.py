@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from acl_nb.commands import argument_parser
+from acl_nb.entry import COMMANDS, signature_of
+from scripts import ENTRIES, SETTINGS, write_scripts
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = Path(sys.executable).parent
-SETTINGS = (ROOT/"settings.ini").read_text(encoding="utf-8")
 CORE = {"torch", "torchvision", "fastcore", "numpy", "pillow"}        # torchvision needs the last two
 NAMED = {"scikit-learn": "sklearn", "pillow": "PIL"}
 REQUIRED = [re.match(r"[\w.-]+", r)[0] for r in re.search(r"^requirements = (.*)$", SETTINGS, re.M)[1].split()]
@@ -77,3 +79,37 @@ except ImportError as e: print(e)
 
 def test_every_requirement_is_either_of_the_core_or_missed_by_it():
     assert CORE <= set(REQUIRED) and len(OTHERS) == len(REQUIRED) - len(CORE)
+
+def test_readme_names_every_extra():
+    extras = re.findall(r"^(\w+)_requirements = ", SETTINGS, re.M)
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    assert {f"acl_nb[{extra}]" for extra in extras if extra != "bench"} == set(re.findall(r"acl_nb\[\w+\]", readme))
+
+# --- commands ---
+
+def test_every_command_begins_at_the_entry():
+    assert ENTRIES == {name: f"acl_nb.entry:{name}" for name in COMMANDS}
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_version_come_without_torch(name, tmp_path):
+    run = f"import runpy, sys\nsys.argv[0] = {str(write_scripts(tmp_path)[name])!r}\n"
+    run += "try: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as e: print('code', e.code)\n"
+    run += f"print(*[m for m in {['torch', 'numpy', *HEAVY]} if m in sys.modules])"
+    for word, begins in ("--help", f"usage: {name}"), ("--version", "acl_nb "):
+        *said, code, found = fresh(run, word).splitlines()
+        assert said[0].startswith(begins) and code == "code 0"
+        assert found == "", f"{name} {word} imports {found}"
+
+def test_the_signature_is_that_of_the_command():
+    from importlib import import_module
+    for name, module in COMMANDS.items():
+        real = getattr(import_module(f"acl_nb.{module}"), name)
+        assert argument_parser(signature_of(name)).format_help() == argument_parser(real.__wrapped__).format_help()
+
+def test_a_script_that_is_asked_for_more_is_the_command_itself(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, str(write_scripts(tmp_path)["acl_train"])]
+    done = subprocess.run([*script, "digits_lt", "--print", "--epochs", "7"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and '"epochs": 7' in done.stdout, done.stderr
+    wrong = subprocess.run([*script, "--lr", "0.1"], env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr == "error: `lr` is a field of the recipe: --set lr=0.1\n"

@@ -28,7 +28,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     modules = {str(p.relative_to(ROOT)) for p in (ROOT/"acl_nb").rglob("*") if p.suffix in (".py", ".js", ".css", ".j2", ".typed")}
     assert {n for n in names if ".dist-info/" not in n} == modules
     entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert "acl_train=acl_nb.cli:acl_train" in entry.replace(" ", "")
+    assert "acl_train=acl_nb.entry:acl_train" in entry.replace(" ", "")
 
 def requirements(extra=""):
     "The projects that settings.ini names."
