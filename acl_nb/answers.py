@@ -21,7 +21,8 @@ from .loading import batches_of, cut_where_decoded, load_batches, share_of_test
 from .models import WEIGHTS
 from .networks import load_network
 from .plugins import load_plugins
-from .records import Run, other_images
+from .folders import other_images
+from .records import Run
 from .settings import Recipe
 
 # %% ../nbs/680_answers.ipynb #cfac537c

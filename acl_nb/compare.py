@@ -17,7 +17,8 @@ from .checks import require, user_path
 from .commands import command, text_table
 from .intervals import paired_intervals, unpaired_intervals
 from .plots import FORCES, plot_balance, plot_balance_runs, plot_differences, plot_per_class
-from .records import Run, other_images
+from .folders import other_images
+from .records import Run
 from .report import fill_page, interval_text, is_balanced, percent, run_intervals, tested_on
 
 # %% ../nbs/740_compare.ipynb #4eb107cc

@@ -30,7 +30,8 @@ from .networks import Network, load_network, merged_weights
 from .plugins import load_plugins
 from .processes import world_size
 from .recipes import RECIPES, read_json
-from .records import Run, hold_folder, write_bytes, write_json
+from .folders import hold_folder
+from .records import Run, write_bytes, write_json
 from .settings import DataSettings, Recipe
 from .views import ViewPipeline
 

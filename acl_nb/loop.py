@@ -23,7 +23,7 @@ from .loading import batches_of, sent_to, share_notes, with_views
 from .networks import statistics_stand_still
 from .processes import Interrupts, all_gather, gather_objects
 from .processes import mean_of_ranks, own_share, rank, world_size
-from .records import fingerprint
+from .folders import fingerprint
 from .views.mixing import mix_images, mixing
 
 # %% ../nbs/560_loop.ipynb #09ca4d09

@@ -23,8 +23,9 @@ from .judging import Diverged, class_sums
 from .loop import Training, go_on_from
 from .plugins import CALLBACKS, PLUGINS, load_recorded, recorded_plugins, require_recorded
 from .processes import Stopped, all_or_none, from_first, rank, require_same, world_size
-from .records import Run, begin_folder, check_data, fingerprint, hold_folder
-from .records import note_plugins, open_folder
+from .folders import begin_folder, check_data, fingerprint, hold_folder
+from .folders import note_plugins, open_folder
+from .records import Run
 from .settings import Recipe
 from .trackers import TRACKERS
 
