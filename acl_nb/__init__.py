@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 # %% ../nbs/790_toplevel.ipynb #e7595ed4
 _CONTENTS = {
     "Losses of embeddings z [B, V, D], [N, D] or a list of views [B, D], with labels": {
-        "losses": "ACLLoss SCLLoss DSCLLoss BCLLoss PaCoLoss GPaCoLoss ProCoLoss acl_loss scl_loss bcl_loss"},
+        "losses": "ACLLoss SCLLoss DSCLLoss BCLLoss PaCoLoss GPaCoLoss ProCoLoss"
+                  " acl_loss scl_loss bcl_loss"},
     "Losses of logits [B, C] for long tails": {
-        "losses": "LogitAdjustedLoss LDAMLoss ClassBalancedLoss GCLLoss GALALoss logit_adjusted_loss"},
+        "losses": "LogitAdjustedLoss LDAMLoss ClassBalancedLoss GCLLoss GALALoss"
+                  " logit_adjusted_loss"},
     "All losses by name; the gather for training in several processes": {
         "losses": "LOSSES make_loss", "processes": "all_gather"},
     "What a loss asks of every pair": {
@@ -66,7 +68,8 @@ if TYPE_CHECKING:
     from acl_nb.widgets import conflict_explorer as conflict_explorer, run_explorer as run_explorer
 
 # %% ../nbs/790_toplevel.ipynb #29f82c64
-_MODULES = {name: module for group in _CONTENTS.values() for module, names in group.items() for name in names.split()}
+_ROWS = [row for group in _CONTENTS.values() for row in group.items()]
+_MODULES = {name: module for module, names in _ROWS for name in names.split()}
 
 def _found(name):
     "The object of that name, from the module of the table."

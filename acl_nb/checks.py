@@ -66,7 +66,7 @@ def check_is_due(
     check:str,              # its name, one for each rule
     *tensors,               # whose values it reads
 ) -> bool:
-    "Are values to be checked now? On a CPU always, elsewhere once per shape, never in a graph or under `vmap`."
+    "Are values to be checked? On a CPU always, elsewhere once per shape; not in a graph or `vmap`."
     import torch                        # here: a command that only completes its arguments needs none
     if torch.compiler.is_compiling(): return False
     if is_transformed() and not all(map(_can_be_read, tensors)): return False

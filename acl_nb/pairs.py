@@ -28,7 +28,8 @@ def as_views(
         require(same, "a list of views must hold V tensors of one shape [B, D]", shapes)
         return torch.stack(list(z), 1)
     is_tensor = torch.is_tensor(z)
-    require(is_tensor, "`z` must be a tensor [B, V, D] or [N, D], or a list of views [B, D]", type(z).__name__)
+    rule = "`z` must be a tensor [B, V, D] or [N, D], or a list of views [B, D]"
+    require(is_tensor, rule, type(z).__name__)
     return z[:, None] if z.ndim == 2 else z
 
 def flatten_views(

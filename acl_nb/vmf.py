@@ -92,6 +92,7 @@ def _value_and_ratio(shift, kappa, order):
         value = value - (new / old).log()
     return value, ratios[0]
 
+# %% ../nbs/250_vmf.ipynb #0e5a6223
 class _LogExpectedExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shift, kappa, order): # as for `log_expected_exp`, but for the order

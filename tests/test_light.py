@@ -1,4 +1,4 @@
-"What is imported when, and what works where only torch is installed; `tests/bench_import.py` measures how long it takes."
+"What is imported when, and what works where only torch is installed; tests/bench_import.py measures it."
 import os
 import re
 import subprocess
@@ -33,8 +33,9 @@ def imported(code, of):
 def test_the_package_alone_imports_nothing():
     assert imported("import acl_nb; acl_nb.__version__; dir(acl_nb)", ["torch", "numpy", *HEAVY]) == []
 
-@pytest.mark.parametrize("code", ["from acl_nb.losses import ACLLoss", "from acl_nb import ACLLoss, SCLLoss, all_gather",
-                                  "from acl_nb import pair_gradients, class_counts"])
+@pytest.mark.parametrize("code", [
+    "from acl_nb.losses import ACLLoss", "from acl_nb import ACLLoss, SCLLoss, all_gather",
+    "from acl_nb import pair_gradients, class_counts"])
 def test_a_loss_imports_torch_and_nothing_heavy(code):
     by_torch = imported("import torch", HEAVY)
     assert set(imported(code, HEAVY)) <= set(by_torch)

@@ -1,4 +1,4 @@
-"What a type checker says of a program that uses the package; half a minute at first, a second once mypy has seen torch."
+"What a type checker says of a program that uses the package; half a minute at first, then seconds."
 import os
 import re
 import subprocess
@@ -15,7 +15,8 @@ def checked(path):
     "What mypy says of a file in its strictest mode; the package is looked at as an installed one is."
     env = {**os.environ, "MYPYPATH": str(ROOT)}
     words = ["--strict", "--follow-imports=silent", "--no-error-summary", "--cache-dir", str(CACHE), str(path)]
-    done = subprocess.run([sys.executable, "-m", "mypy", *words], env=env, cwd=path.parent, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mypy", *words]
+    done = subprocess.run(command, env=env, cwd=path.parent, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return done.stdout
 

@@ -43,7 +43,7 @@ def acl_loss_plain(
     aligned:bool=True,               # a term's denominator holds its own positive and the negatives only
     negatives:str="batch",           # weight of the negatives: batch | prior | adjusted | none
     class_counts=None,               # [C] training images of each class, for "prior" and "adjusted"
-) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
+) -> torch.Tensor:  # scalar, mean over the anchors that have a positive; 0 if none has
     "`acl_loss` with whole matrices, for reading and for autograd."
     c = contrast(z, labels, temperature, centers)
     check_negatives(negatives, class_counts, _classes_to_cover(negatives, c.key_labels))
@@ -62,7 +62,7 @@ def acl_loss(
     negatives:str="batch",           # weight of the negatives: batch | prior | adjusted | none
     class_counts=None,               # [C] training images of each class, for "prior" and "adjusted"
     share:Share=Share(),             # of the anchors, as in `tiled_loss`; the whole in one process
-) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
+) -> torch.Tensor:  # scalar, mean over the anchors that have a positive; 0 if none has
     "Aligned contrastive loss (Ma et al., arXiv 2506.01071)."
     batch = check_pairs(z, labels, temperature, centers)
     key_labels = batch.key_labels

@@ -20,7 +20,7 @@ def scl_loss_plain(
     labels:torch.Tensor,             # [B] in 0..C-1
     temperature:float=0.1,           # τ > 0
     centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys
-) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
+) -> torch.Tensor:  # scalar, mean over the anchors that have a positive; 0 if none has
     "`scl_loss` with whole matrices, for reading and for autograd."
     c = contrast(z, labels, temperature, centers)
     n_pos = c.positive.sum(1)
@@ -35,7 +35,7 @@ def scl_loss(
     temperature:float=0.1,           # τ > 0
     centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys
     share:Share=Share(),             # of the anchors, as in `tiled_loss`; the whole in one process
-) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
+) -> torch.Tensor:  # scalar, mean over the anchors that have a positive; 0 if none has
     "Supervised contrastive loss, L_out (Khosla et al. 2020, eq. 2)."
     batch = check_pairs(z, labels, temperature, centers)
     return tiled_loss(*batch, temperature, aligned=False, share=share)
@@ -79,7 +79,7 @@ def dscl_loss(
     temperature:float=0.1,           # τ > 0
     centers:torch.Tensor|None=None,  # [C, D] unit length, joined to the keys: among the other positives
     share:Share=Share(),             # of the anchors, as in `tiled_loss`; the whole in one process
-) -> torch.Tensor:                   # scalar, mean over the anchors that have a positive; 0 if none has
+) -> torch.Tensor:  # scalar, mean over the anchors that have a positive; 0 if none has
     "Decoupled supervised contrastive loss (Xuan and Zhang 2024), without its patch-based self-distillation."
     require(0 <= alpha <= 1, "`alpha` must lie in [0, 1]", alpha)
     z = as_views(z)
