@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: ["templates/*", "py.typed"], cfg["lib_path"] + ".plots": ["live.js"]},
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("dev", "tensorboard", "trackio", "wandb", "timm", "peft", "torchcodec", "hub", "onnx")},
+    extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("dev", "tensorboard", "trackio", "wandb", "timm", "peft", "torchcodec", "hub", "onnx", "studies")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -19,7 +19,7 @@ from .commands import command
 COMMANDS = {        # name -> its module
     "acl_train": "cli", "acl_data": "inventory", "acl_predict": "predict", "acl_eval": "evaluation",
     "acl_compare": "compare", "acl_features": "features", "acl_share": "share",
-    "acl_doctor": "doctor", "acl_study": "studies",
+    "acl_doctor": "doctor", "acl_study": "studies.run",
 }
 
 # %% ../nbs/695_entry.ipynb #b9dd9b37

@@ -63,25 +63,29 @@ def test_readme_shows_the_recorded_numbers():
             values = [100 * r[key] for name, r in runs.items() if name.split("/")[0] == loss]
             assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values)**.5:.1f}" in "".join(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
     views = select(study_rows(ROOT/"nbs/studies/fashion_views.json"), readout="centers")
-    assert axis_table([row for row in views if row["arm"] in ("scl", "bcl", "acl", "acl adjusted")], "views", "top1_by_means") in readme
+    assert axis_table(views[views.arm.isin(["scl", "bcl", "acl", "acl adjusted"])], "views", "top1_by_means") in readme
 
 STUDIES = ROOT/"nbs/studies"
 BOTH = ("top1_by_means", "few_by_means", "top1", "few", "conflict_rate")        # of what is read out by centres
 
 def fashion_tables(rows):
-    parts = [select(rows, readout=readout) for readout in ("centers", "classifier")]
-    return [axis_table(part, "views", value) for part in parts if part for value in ("top1", "few")] + [axis_table(parts[0], "views", value) for value in ("top1_by_means", "few_by_means")] + [axis_table([r for r in parts[0] if "conflict_rate" in r], "views", "conflict_rate")]
+    only, full = (select(rows, readout=readout) for readout in ("centers", "classifier"))
+    asked = [(part, value) for part in (only, full) for value in ("top1", "few")]
+    asked += [(only, value) for value in ("top1_by_means", "few_by_means")]
+    probed = only.dropna(subset="conflict_rate"), "conflict_rate"
+    return [axis_table(part, "views", value) for part, value in [*asked, probed]]
 
 WAYS = ("as trained", "adjusted by 1", "adjusted, tuned", "unit weights", "weights tuned")
 
 def after_tables(rows):
-    made = [row for row in after_rows(rows) if row["afterwards"] in WAYS]
+    made = after_rows(rows)
+    made = made[made.afterwards.isin(WAYS)]
     return [axis_table(made, "afterwards", value) for value in ("top1", "few", "ece")]
 
 def pretrained_tables(rows):
     "The tables of a study of frozen and fine-tuned encoders."
     ways = {"all": "frozen", "none": "fine-tuned"}
-    for row in rows: row |= {"balanced": statistics.mean(row["per_class"]), "encoder": ways[row["freeze"]]}
+    rows = rows.assign(balanced=rows.per_class.map(statistics.mean), encoder=rows.freeze.map(ways))
     return [axis_table(rows, "encoder", value) for value in ("balanced", "top1", "few")]
 
 TABLES = {      # what each study's notebook shows of its results

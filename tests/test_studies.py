@@ -11,8 +11,8 @@ import torch
 
 from acl_nb.datasets import digits_lt
 from acl_nb.studies import acl_study
-from acl_nb.studies.results import load_results, train_cell
-from acl_nb.studies.specs import find_study, recorded, study_cells
+from acl_nb.studies.run import train_cell
+from acl_nb.studies.specs import find_study, load_results, recorded, study_cells
 from ranks import LIMIT, finish, start
 
 SPEC = {"question": "Which?", "recipe": "digits_lt", "seeds": [0, 1], "probe": 2, "seed_fields": ["seed", "subset_seed"],
@@ -57,6 +57,11 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
     parent.kill(); finish([parent])
     until(lambda: not any(Path(f"/proc/{w}").exists() for w in workers))
 
+    parent, = begin()                                                 # told to end
+    until(lambda: len(workers_of(parent)) == 2)
+    os.kill(parent.pid, signal.SIGTERM)
+    assert finish([parent]) == [143] and "stopped by SIGTERM" in said.read_text()
+
     parent, = begin()                                                 # a run is done, and two are under way: Ctrl-C
     until(lambda: len(results()) >= 1 and under_way())
     os.kill(parent.pid, signal.SIGINT)
@@ -66,12 +71,12 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
     parent, = begin()                                                 # a worker is killed: the other cells are trained
     until(lambda: len(found := workers_of(parent)) == 2 and workers.append(found[0]) is None)
     os.kill(workers[-1], signal.SIGKILL)
-    assert finish([parent]) == [1] and "its process died with exit code -9" in said.read_text() and "1 runs failed" in said.read_text()
+    assert finish([parent]) == [1] and "its process died" in said.read_text() and "1 runs failed" in said.read_text()
     assert len(results()) == 3 and {key: results()[key] for key in first} == first
 
     assert finish(begin()) == [0] and "kept: 4 of 4 cells" in said.read_text()
     cells = study_cells(find_study(spec))
-    whole = {key: train_cell(c.recipe, tmp_path/"whole"/str(i), 2 if c.arm == "scl" else None) for i, (key, c) in enumerate(cells.items())}
+    whole = {key: train_cell(c, tmp_path/"whole"/key.replace("/", "-")) for key, c in cells.items()}
     assert numbers(recorded(find_study(spec))) == numbers(whole)      # as if nothing had happened
     assert not list(out.glob("*/checkpoint")) and said.read_text().count("Traceback") == 0
 
