@@ -62,7 +62,8 @@ docs: $(NEEDS) ## the site, in _docs/, with each page as Markdown and llms.txt
 	PATH="$(SITE)$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_docs
 	$(BIN)/python .ci/llms.py
 
-readme: $(NEEDS) ## README.md from nbs/index.ipynb
+readme: $(NEEDS) ## README.md from nbs/index.ipynb, and the list of recipes that acl_train --list prints
+	$(BIN)/python -c "from acl_nb.cli import _table_of_recipes; print(_table_of_recipes())" > acl_nb/templates/recipes.txt
 	PATH="$(CURDIR)/.ci/bin:$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.ci" nbdev_readme
 
 NOTEBOOKS = $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort)

@@ -25,7 +25,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "dist", "."], cwd=tmp_path, check=True)
     wheel, = (tmp_path/"dist").iterdir()
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT/"acl_nb").rglob("*") if p.suffix in (".py", ".js", ".css", ".j2", ".typed")}
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT/"acl_nb").rglob("*") if p.suffix in (".py", ".js", ".css", ".j2", ".typed", ".txt")}
     assert {n for n in names if ".dist-info/" not in n} == modules
     entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert "acl_train=acl_nb.entry:acl_train" in entry.replace(" ", "")

@@ -35,6 +35,7 @@ from ..checkpoints import latest
 from ..checks import BadInput, require, usable_cpus
 from ..commands import command
 from ..judging import Diverged
+from ..plugins import load_plugin
 from ..probes import Probe
 from ..processes import Interrupts, Stopped
 from ..records import Run
@@ -63,6 +64,8 @@ def run_result(
     "What a study keeps of a run."
     environment = dict(run.env)
     data = environment.pop("data")
+    if "plugins" in environment:        # where the files lay is no matter
+        environment["plugins"] = {file["file"]: file["sha256"] for file in environment["plugins"]}
     origin = {"probe": cell.probe, "recipe": settings_of(cell.recipe),
               "data": {k: data[k] for k in _DATA}, "environment": environment}
     if cell.after: origin["after"] = cell.after
@@ -78,6 +81,7 @@ def train_cell(
     data=None,  # folder of the data set's files; None: as the recipe says
 ) -> dict:      # of `run_result`; with `after` also adjusted
     "Train one run of a study, or go on with it."
+    if cell.plugin: load_plugin(cell.plugin)
     r = replace(cell.recipe, data=data or cell.recipe.data)
     probes = [Probe(r, cell.probe)] if cell.probe else []
     resume = "auto" if latest(Path(folder)/"checkpoint") else "never"

@@ -19,6 +19,7 @@ from statistics import mean
 
 from ..checks import BadInput, choose, require
 from ..datasets import facts_of
+from ..plugins import load_plugin
 from ..probes import can_probe
 from ..recipes import read_json, recipe
 from ..records import write_text
@@ -38,6 +39,8 @@ class Study:
     probe: int | None = None     # steps between two measurements of the gradient balance
     tuned_by: str | None = None  # another study, whose best settings the arms take
     after: list | None = None    # strengths of post-hoc adjustment to measure
+    plan: list | None = None     # sentences: what was settled before the first run
+    plugin: str | None = None    # a Python file beside the spec, with losses or data of its own
 
     @property
     def name(self):
@@ -82,6 +85,8 @@ _RULES = {     # entry -> what it must be, as a function and in words
     "probe": (lambda v: v is None or _is_int(v) and v >= 1, "a whole number of steps"),
     "tuned_by": (lambda v: v is None or _is_text(v), "the name of a study"),
     "after": (lambda v: v is None or _different(v, _is_number), "a list of different numbers"),
+    "plan": (lambda v: v is None or _list_of(v, _is_text), "a list of sentences"),
+    "plugin": (lambda v: v is None or _is_text(v), "the name of a file beside the study"),
 }
 
 def _check_entries(entries):
@@ -114,7 +119,9 @@ def find_study(
     entries = read_json(path)
     try: _check_entries(entries)
     except BadInput as e: raise BadInput(f"{path}: {e}") from None
-    return Study(path, **entries)
+    study = Study(path, **entries)
+    if study.plugin: load_plugin(path.parent/study.plugin)
+    return study
 
 # %% ../../nbs/800_studies.specs.ipynb #6ef5800f
 def settings_of(
@@ -149,6 +156,7 @@ class Cell:
     recipe: Recipe      # of the run
     probe: int | None   # steps between two measurements of the balance; None: none
     after: list | None  # strengths of post-hoc adjustment to measure; None: none
+    plugin: Path | None = None  # of the study, for the process that trains
 
     @cached_property
     def identity(self):
@@ -284,7 +292,9 @@ def study_cells(
             tuned = best_settings(scores, arm, at) if scores else {}
             r = _recipe_of(study, own, at, tuned, seed)
         except BadInput as e: raise BadInput(f"{study.path}: {key}: {e}") from None
-        cell = Cell(arm, at, seed, r, study.probe if can_probe(r.loss) else None, study.after)
+        probe = study.probe if can_probe(r.loss) else None
+        plugin = study.path.parent/study.plugin if study.plugin else None
+        cell = Cell(arm, at, seed, r, probe, study.after, plugin)
         alike = cells.setdefault(key, cell) == cell
         require(alike, f"{study.path}: {key} must mean one recipe; two grids have it")
     return cells
