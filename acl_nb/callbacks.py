@@ -82,6 +82,14 @@ def _time_left(run, made, seconds):
     to_go = run.parts.recipe.epochs * run.parts.steps - run.step
     return tqdm.format_interval(to_go * seconds / made)
 
+def _move(bar, **said):
+    "One step on; false where nobody can be shown it any more."
+    try:
+        bar.set_postfix(**said, refresh=False)
+        bar.update()
+    except (OSError, ValueError): return False
+    return True
+
 # %% ../nbs/570_callbacks.ipynb #561e6390
 class Progress:
     "Progress bars and an epoch table on the terminal."
@@ -101,11 +109,8 @@ class Progress:
         if self.bar is None: self.bar = _new_bar(run, self.voice.quiet)
         if self.bar.disable: return
         left = _time_left(run, run.step - self.before, time.monotonic() - self.started)
-        loss = f"{run.values[0]:.3f}"
-        try:
-            self.bar.set_postfix(loss=loss, accuracy=self.accuracy, run=left, refresh=False)
-            self.bar.update()
-        except (OSError, ValueError): self.bar.disable = self.voice.quiet = True
+        said = dict(loss=f"{run.values[0]:.3f}", accuracy=self.accuracy, run=left)
+        if not _move(self.bar, **said): self.bar.disable = self.voice.quiet = True
 
     def after_epoch(self, run): # the `Training`; a line of the table
         if self.bar is not None and not self.bar.disable: self.bar.close()

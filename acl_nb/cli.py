@@ -101,7 +101,8 @@ def parse_settings(
 ) -> dict:       # field -> text
     "Fields and values of `--set`."
     given = " ".join(pairs)
-    require(all(re.match(r"[\w-]+=", pair) for pair in pairs), "--set takes field=value (--fields lists them)", given)
+    fit = all(re.match(r"[\w-]+=", pair) for pair in pairs)
+    require(fit, "--set takes field=value (--fields lists them)", given)
     split = [pair.split("=", 1) for pair in pairs]
     settings = {field.replace("-", "_"): value for field, value in split}
     require(len(settings) == len(pairs), "--set must name a field once", given)
@@ -205,7 +206,7 @@ def acl_train(
     seed:str=None,       # of weights, batches and views
     data:str=None,       # folder of the data set's files
     out:str=None,        # folder for the run; default: runs/RECIPE and the fields that were changed
-    resume:str="auto",   # auto: go on if there is a run; never: start this recipe's run over; must: there must be one
+    resume:str="auto",   # auto: go on if there is a run; never: start over; must: there must be one
     save_every:float=300,    # seconds between checkpoints within an epoch
     track:str=None,      # show the run in trackio, wandb or tensorboard too
     tensorboard:bool=False,  # the same as --track tensorboard: write to OUT/tensorboard

@@ -55,5 +55,6 @@ def __getattr__(name): # a command, as its script asks for it
     except ModuleNotFoundError as e:
         if (e.name or "acl_nb").startswith("acl_nb"): raise
         library = e.name.partition(".")[0]
-        sys.exit(f"error: {name} needs {library}, which is not installed: pip install acl_nb brings it")
+        missing = f"{library}, which is not installed: pip install acl_nb brings it"
+        sys.exit(f"error: {name} needs {missing}")
     return getattr(module, name)

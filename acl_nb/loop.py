@@ -277,6 +277,14 @@ def _set_rates(optimizer, rate, peak):
     for group in optimizer.param_groups:
         group["lr"] = rate * group.setdefault("lr_scale", group["lr"] / peak)
 
+def _next_steps(run):
+    "The batches of each step that is left in this epoch: a list of one, or of `accumulate`."
+    p = run.parts
+    p.network.train()
+    put_at(p, run.epoch, run.batch)
+    batches = with_views(batches_of(p.loader), p.views, p.device, run.epoch)
+    while group := list(islice(batches, p.recipe.accumulate)): yield group
+
 def _gradients_of_step(parts, batches, epoch, signs):
     "Gradients where the weights are or, with `sam`, from higher ground; the losses where they are."
     means = gradients(parts, batches, epoch, signs)
@@ -288,11 +296,7 @@ def _gradients_of_step(parts, batches, epoch, signs):
 class Training(Standing):
     "A run under way."
     def steps_left(self): # the batches of each step that is left in this epoch
-        self.parts.network.train()
-        put_at(self.parts, self.epoch, self.batch)
-        loaded = batches_of(self.parts.loader)
-        batches = with_views(loaded, self.parts.views, self.parts.device, self.epoch)
-        while group := list(islice(batches, self.parts.recipe.accumulate)): yield group
+        return _next_steps(self)
 
     def train_step(self, batches): # a list of one batch, or of `accumulate`
         p = self.parts

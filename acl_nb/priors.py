@@ -125,7 +125,8 @@ def normalised_logits(
 ) -> torch.Tensor:          # [n, C]
     "Logits of τ-normalised class weights, without a bias (Kang et al. 2020)."
     cosine = isinstance(classifier, CosineClassifier)
-    require(not cosine, "`normalise` needs a linear classifier: a cosine classifier has no lengths", "cosine")
+    rule = "`normalise` needs a linear classifier: a cosine classifier has no lengths"
+    require(not cosine, rule, "cosine")
     require(0 <= power <= 1, "the power of `normalise` must lie in 0..1", power)
     weight = classifier.weight.detach().to(features)
     return features @ (weight / weight.norm(dim=1, keepdim=True) ** power).T
@@ -134,7 +135,8 @@ def normalised_logits(
 TAUS = tuple(step / 10 for step in range(0, 31))    # 0, 0.1, … 3
 
 def _mean_accuracy(logits, labels, n_classes):
-    known = [a for a in per_class_accuracy(logits.argmax(1), labels.long(), n_classes) if a is not None]
+    found = per_class_accuracy(logits.argmax(1), labels.long(), n_classes)
+    known = [accuracy for accuracy in found if accuracy is not None]
     return sum(known) / len(known)
 
 def tune_tau(
@@ -216,7 +218,8 @@ def _add_curve(fig, rows, group, how):
     "One line: a group of classes, as it is or moved."
     name = group + (", moved" if how == "moved" else "")
     line = dict(color=_LINES[group], dash=_DASHES[how], width=3 if group == "all" else 1.5)
-    fig.add_scatter(x=[_ratio(row["prior"]) for row in rows], y=[row[group] for row in rows], name=name, line=line,
+    x, y = [_ratio(row["prior"]) for row in rows], [row[group] for row in rows]
+    fig.add_scatter(x=x, y=y, name=name, line=line,
                     mode="lines+markers", hovertemplate="%{x}: %{y:.1%}<extra>" + name + "</extra>")
 
 def plot_shift(

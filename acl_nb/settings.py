@@ -66,7 +66,7 @@ class DataSettings:
     data_on: str = setting("auto", one_of(_PLACES))       # images in memory: auto | device | host
     classes: int | None = setting(None, at_least(1))     # that the data must have; None: any
     split: str | None = setting(None)                    # tested on: test | val; None: as usual
-    size: int | None = setting(None, at_least(1))        # side of what the encoder sees, pixels; None: usual
+    size: int | None = setting(None, at_least(1))        # what the encoder sees, pixels; None: usual
     on_error: str | None = setting(None, one_of(("raise", "skip")))  # at a bad image; None: raise
     background: str | None = setting(None)               # below what is transparent; None: white
     imbalance: float | str | None = setting(None, at_least(1, _RATIO))  # as_is: uncut; None: as usual
@@ -166,7 +166,8 @@ def in_todays_words(
     settings:dict,  # field -> value, of a recipe of any version
 ) -> dict:          # the same, as a recipe of this version has it
     "Values that had another name once."
-    return {name: _FORMER.get(name, {}).get(str(value).lower(), value) for name, value in settings.items()}
+    def _today(name, value): return _FORMER.get(name, {}).get(str(value).lower(), value)
+    return {name: _today(name, value) for name, value in settings.items()}
 
 def _checked(f, value):
     "The value of a field, converted to its type; `BadInput` where it breaks the field's rule."
@@ -258,7 +259,8 @@ def _check_together(r):
 
 # %% ../nbs/500_settings.ipynb #04072b9f
 @dataclass(frozen=True)
-class Recipe(OptimizerSettings, LossSettings, NetworkSettings, DataSettings):    # the last base's fields come first
+# the last base's fields come first
+class Recipe(OptimizerSettings, LossSettings, NetworkSettings, DataSettings):
     "All settings of a run; checked when made, never changed after."
     accumulate: int = setting(1, at_least(1))              # batches whose mean gradient is one step
     sub_batch: int | None = setting(None, at_least(2))     # views encoded at a time; None: all

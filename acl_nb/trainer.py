@@ -154,9 +154,11 @@ def _run(training, saver, out):
         raise lost from None
 
 # %% ../nbs/590_trainer.ipynb #4e71b818
-def _check_recipe(r):
+def _check_asked(r, save_every):
+    "What is asked of `fit`."
     rule = '`recipe` must be a Recipe, such as recipe("digits_lt") of acl_nb.recipes'
     require(isinstance(r, Recipe), rule, lambda: f"{type(r).__name__} {r!r:.40}")
+    require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
 
 def _wanted(track, tensorboard):
     "Names of the trackers that are asked for."
@@ -184,8 +186,7 @@ def fit(
     track:str|None=None,     # show the run to trackio | wandb | tensorboard, see `TRACKERS`
 ) -> Run:                    # the finished run; None for a process that does not see its folder
     "Train a recipe into a run folder (`acl_nb.records`). Seeds the random numbers of Python, numpy and torch."
-    _check_recipe(recipe)
-    require(save_every >= 0, "`save_every` must be seconds, at least 0", save_every)
+    _check_asked(recipe, save_every)
     tracked = _wanted(track, tensorboard)
     out, accelerator = user_path(out), start_processes()
     require_same("the recipe of a run, by its fingerprint,", fingerprint(recipe))

@@ -110,6 +110,14 @@ def paco_loss(
     log_factor = F.pad(of_keys, (C, 0))                    # 0 for the logits
     return _soft_cross_entropy(joined, weight, log_factor).mean()
 
+# %% ../../nbs/350_losses.paco.ipynb #51b0c001
+def _check_views(own, logits, labels, z):
+    "Logits for every view of the share, a label for every image."
+    same_views = z.ndim == 3 and logits.shape[:-1] == own.shape[:2]
+    got = f"{list(z.shape)} and {list(logits.shape)}"
+    require(same_views, "`z` and `logits` must be [B, V, D] and [B, V, C]", got)
+    require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
+
 # %% ../../nbs/350_losses.paco.ipynb #212507b5
 def gpaco_loss(
     z:Embeddings,                     # unit length, as `as_views` takes it; every view is an anchor
@@ -128,10 +136,7 @@ def gpaco_loss(
     "`paco_loss` with every view as an anchor (GPaCo, Cui et al. 2022)."
     z = as_views(z)
     if logits.ndim == 2: logits = logits[:, None]          # of one view, as z [N, D]
-    same_views = z.ndim == 3 and logits.shape[:-1] == z[share.rows(len(z))].shape[:2]
-    got = f"{list(z.shape)} and {list(logits.shape)}"
-    require(same_views, "`z` and `logits` must be [B, V, D] and [B, V, C]", got)
-    require(labels.shape == z.shape[:1], f"`labels` must be [B] = [{len(z)}]", list(labels.shape))
+    _check_views(z[share.rows(len(z))], logits, labels, z)
     both_or_none = (queue is None) == (queue_labels is None)
     require(both_or_none, "`queue` and `queue_labels` must be given together")
 

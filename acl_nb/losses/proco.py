@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checks import check_is_due, require
 from ..counts import log_prior
-from ..pairs import Embeddings, as_views
+from ..pairs import Embeddings, as_views, flatten_views
 from ..processes import Share
 from ..vmf import concentration, log_expected_exp
 
@@ -92,9 +92,7 @@ class ClassMeans(nn.Module):
         labels:torch.Tensor,  # [B] in 0..C-1
     ):
         "Add the embeddings of a batch; no gradient."
-        z = as_views(z)
-        rows = z.flatten(0, 1).to(self.sums)
-        of_rows = labels.to(rows.device).long().repeat_interleave(z.shape[1])
+        rows, of_rows = flatten_views(as_views(z).to(self.sums), labels.to(self.sums.device).long())
         self.sums[1].index_add_(0, of_rows, rows)
         self.counts[1].index_add_(0, of_rows, torch.ones_like(rows[:, 0]))
 
