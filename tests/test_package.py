@@ -91,6 +91,7 @@ def pretrained_tables(rows):
 TABLES = {      # what each study's notebook shows of its results
     "digits": lambda rows: [results_table(rows)], "fashion_views": fashion_tables,
     "fashion_ablation": lambda rows: [results_table(select(rows, readout=readout), values, ("aligned", "centers", "negatives")) for readout, values in (("centers", BOTH), ("classifier", ("top1", "few", "conflict_rate")))],
+    "fashion_conflict": lambda rows: [results_table(rows.assign(accuracy=rows.top1_by_means.where(rows.readout == "centers", rows.top1)), ("accuracy", "conflict_rate"), ("readout", "temperature", "views", "arm"))],
     "glyphs": lambda rows: [results_table(select(rows, readout="centers"), BOTH), results_table(select(rows, readout="classifier"))],
     "after_the_fact": after_tables, "pretrained": pretrained_tables,
     "fashion_peers": lambda rows: [axis_table(rows, "imbalance", value) for value in ("top1", "few")],
