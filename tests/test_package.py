@@ -170,7 +170,7 @@ def test_readme_says_what_the_benches_measured():
     assert f"the published arrangement takes {step['published']:.2f} ×" in sentence
     assert ("not run yet" in sentence) != (ROOT/"bench/gpu.json").is_file()
 
-BENCHES = ["losses", "views", "step", "widgets"]
+BENCHES = ["losses", "views", "loading", "step", "widgets", "import"]
 
 @pytest.mark.parametrize("name", BENCHES + ["gpu"] * (ROOT/"bench/gpu.json").is_file())
 def test_the_speed_study_shows_the_rows_that_are_kept(name):
@@ -192,6 +192,8 @@ def test_the_speed_study_shows_the_numbers_that_are_kept():
             assert any(f"| {row['value']:.2f} (" in line for line in lines), row
     for row in bench_rows("views"):
         if row["unit"] == "views/s": assert f"{row['value']:,.0f}" in said, row
+    for row in bench_rows("import"):
+        if row["figure"] == "CPU" and "--help" not in row["case"]: assert f"| `{row['case']}` | {row['value']:,.0f} |" in said, row
 
 def test_every_notebook_is_executed():
     for path in ROOT.glob("nbs/**/*.ipynb"):
