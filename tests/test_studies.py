@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from acl_nb.datasets import digits_lt
-from acl_nb.studies import acl_study
+from acl_nb.studies.run import acl_study
 from acl_nb.studies.run import train_cell
 from acl_nb.studies.specs import find_study, load_results, recorded, study_cells
 from ranks import LIMIT, finish, start

@@ -30,7 +30,7 @@ from acl_nb.evaluation import acl_eval
 from acl_nb.inventory import acl_data
 from acl_nb.losses import LOSSES, loss_traits, make_loss
 from acl_nb.recipes import recipe, recipe_from
-from acl_nb.studies import acl_study
+from acl_nb.studies.run import acl_study
 from acl_nb.judging import Diverged
 from acl_nb.loop import Training
 from acl_nb.probes import Probe

@@ -1,2 +1,1 @@
 "A question answered by many runs: `studies.specs` asks it, `studies.run` trains, `studies.tables` reads."
-from .run import acl_study
