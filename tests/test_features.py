@@ -122,7 +122,7 @@ def test_what_comes_out_is_judged_as_ever(run, capsys):
     acl_eval(str(run.path))
     assert "summary.json: the same numbers, exactly" in capsys.readouterr().out
     acl_eval(str(run.path), split="train", tau=1.0)
-    assert "train: " in capsys.readouterr().out
+    assert "split train" in capsys.readouterr().out
     other = fit(replace(run_recipe(run), loss="la", seed=1), run.path.parent/"la", quiet=True)
     acl_compare([str(run.path), str(other.path)])
     assert "loss" in capsys.readouterr().out

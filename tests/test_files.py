@@ -212,7 +212,7 @@ def shares(predictions, counts):
     images = {name: sum(total[c] for c in members) for name, members in groups.items()}
     return found | {"top1": sum(right) / sum(total)}, images | {"top1": sum(total)}
 
-NAMES = {"top1": "all images", "mean_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
+SAID_AS = {"top1": "all images", "mean_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
 
 def test_terminal_report_and_files_say_the_same_of_a_test_set_that_is_not_balanced(tmp_path):
     for part, sizes in {"train": (130, 40, 5), "test": (30, 12, 4)}.items():
@@ -232,9 +232,9 @@ def test_terminal_report_and_files_say_the_same_of_a_test_set_that_is_not_balanc
         assert run.summary["tested"][name] == images[name]
         low, high = (100 * bound for bound in run.summary["intervals"][name])
         behind = f"{low:.1f}–{high:.1f}, {images[name]} images"
-        assert f"{NAMES[name]} {value:.1%} ({behind})" in last
+        assert f"{SAID_AS[name]} {value:.1%} ({behind})" in last
         shot = "-shot" if name in ("many", "medium", "few") else ""
-        assert f"<b>{value:.1%}</b>{NAMES[name]}{shot}<small>{behind}</small>" in page
+        assert f"<b>{value:.1%}</b>{SAID_AS[name]}{shot}<small>{behind}</small>" in page
 
 def test_a_folder_is_never_cut_unasked(tmp_path):
     for c, n in {"a": 30, "b": 12, "c": 5}.items():

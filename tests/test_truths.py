@@ -371,15 +371,17 @@ SPAWN = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force
 FIELDS = dict(name="shapes", dataset="shapes_lt", imbalance="as_is", policy="plain",
               epochs=1, batch_size=32, dim=8, hidden=8)
 
+CALL = 'if __name__ == "__main__":\n    acl_train()'
+
 def own_data(tmp_path):
-    "The files of the tutorial, as it prints them: my_project.py, mine.py, shapes.json."
+    "The files of the tutorial, my_project.py, mine.py, shapes.json; mine.py as a script that trains."
     cells = json.loads(OWN_DATA.read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(cell["source"]) for cell in cells)
     shapes = re.search(r"class Shapes:.*?\n\n(?=\w)", text, re.S)[0]
     script = re.search(r"```python\n(# mine\.py.*?)```", text, re.S)[1]
     (tmp_path/"my_project.py").write_text("import torch\n" + shapes)
     (tmp_path/"shapes.json").write_text(json.dumps(FIELDS))
-    return script
+    return f"{script}\nfrom acl_nb.cli import acl_train\n{CALL}\n"
 
 def trained(tmp_path, script):
     "The process of `python mine.py` with one worker that is spawned."
@@ -395,7 +397,7 @@ def test_the_script_of_own_data_trains_once_where_workers_import_it(tmp_path):
     assert os.listdir(tmp_path/"runs") == ["shapes"] and "runs/shapes/report.html" in done.stdout
 
 def test_a_script_without_the_condition_is_told_what_to_do_and_trains_nothing_else(tmp_path):
-    script = own_data(tmp_path).replace('if __name__ == "__main__":\n    acl_train()', "acl_train()")
+    script = own_data(tmp_path).replace(CALL, "acl_train()")
     done = trained(tmp_path, script)
     said = "acl_train was called by a worker process"
     told = [line for line in done.stderr.splitlines() if said in line]
