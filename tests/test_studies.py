@@ -68,12 +68,6 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
     assert finish([parent]) == [130] and "stopped by SIGINT; the same command goes on from here" in said.read_text()
     first = results(); assert 1 <= len(first) < 4 and list(out.glob("*/checkpoint/*.pt"))
 
-    parent, = begin()                                                 # a worker is killed: the other cells are trained
-    until(lambda: len(found := workers_of(parent)) == 2 and workers.append(found[0]) is None)
-    os.kill(workers[-1], signal.SIGKILL)
-    assert finish([parent]) == [1] and "its process died" in said.read_text() and "1 runs failed" in said.read_text()
-    assert len(results()) == 3 and {key: results()[key] for key in first} == first
-
     assert finish(begin()) == [0] and "kept: 4 of 4 cells" in said.read_text()
     cells = study_cells(find_study(spec))
     whole = {key: train_cell(c, tmp_path/"whole"/key.replace("/", "-")) for key, c in cells.items()}
@@ -85,6 +79,20 @@ def test_killed_stopped_and_gone_on_with(tmp_path):
     (tmp_path/"results"/"kept.json").write_text(text.replace(top1, '"top1": 0.9999, '))
     assert finish(start(study_in, tmp_path, spec, out, {"check": 1, "only": "scl/seed=1"}, said=said)) == [1]
     assert f"scl/seed=1: top1 is 0.9999 in the record, {whole['scl/seed=1']['top1']} now\n" in said.read_text()
+
+def test_a_killed_worker_takes_its_run_along_and_no_other(tmp_path):
+    spec, said, out = written(tmp_path), tmp_path/"said", tmp_path/"runs"
+    files = lambda name: list(out.glob(f"*/{name}"))
+    results = lambda: load_results(tmp_path/"results"/"kept.json")
+
+    parent, = start(study_in, tmp_path, spec, out, said=said)
+    until(lambda: len(files("history.jsonl")) >= 2)                   # both are at work, and cells wait
+    os.kill(workers_of(parent)[0], signal.SIGKILL)
+    assert finish([parent]) == [1] and "its process died" in said.read_text() and "1 runs failed" in said.read_text()
+    first = results(); assert len(first) == 3
+
+    assert finish(start(study_in, tmp_path, spec, out, said=said)) == [0] and "kept: 4 of 4 cells" in said.read_text()
+    assert len(results()) == 4 and {key: results()[key] for key in first} == first
 
 def study_in(folder, spec, out, options={}):
     os.chdir(folder)

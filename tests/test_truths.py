@@ -342,6 +342,7 @@ def test_a_rank_in_the_environment_swallows_nothing(monkeypatch, capsys, rank):
 
 def one_rank_fails(shared):
     dist.init_process_group("gloo")
+    dist.barrier()                          # rank 0 holds the store: if it ended first, rank 1 could not join
 
     @command
     def fails():
