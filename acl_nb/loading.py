@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .checks import BadInput, OneLineError, choose, require, usable_cpus
 from .datasets import ImageArray
-from .processes import all_max, gather_objects, rank, world_size
+from .processes import all_max, end_with_parent, gather_objects, rank, world_size
 from .views import ViewPipeline
 from .views.draws import brought_to
 
@@ -209,9 +209,10 @@ def _end_for(parent):
 
 def _leave_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"): return          # a system that does not say who sends
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for, args=(parent_process().pid,), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):         # a system that says who sends
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(parent_process().pid,), daemon=True).start()
+    end_with_parent()                          # last: so its thread leaves SIGTERM alone as well
 
 def _as_it_is(batch): return batch
 

@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['rank', 'world_size', 'all_gather', 'Share', 'own_share', 'mean_of_ranks', 'all_max', 'gather_objects', 'all_sum',
            'copy_from_first', 'from_first', 'require_same', 'all_or_none', 'Stopped', 'Interrupts', 'Votes',
-           'seed_rank']
+           'end_with_parent', 'seed_rank']
 
 # %% ../nbs/020_processes.ipynb #c5d33304
+import os
 import random
 import signal
 import threading
 import time
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import numpy
@@ -252,6 +255,15 @@ class Votes:
         steps, seconds = (1, 1.) if self.last is None else (b - a for a, b in zip(self.last, now))
         slowest = all_max(int(1e6 * seconds / max(1, steps)))            # microseconds per step
         self.last, self.next = now, step + min(self.most, max(1, 500_000 // max(1, slowest)))
+
+# %% ../nbs/020_processes.ipynb #576ca3c9
+def _watch_parent():
+    wait([parent_process().sentinel])
+    os._exit(1)
+
+def end_with_parent():
+    "End this process, one that `multiprocessing` started, when the process that asked for it has ended."
+    threading.Thread(target=_watch_parent, daemon=True).start()
 
 # %% ../nbs/020_processes.ipynb #051118b0
 def seed_rank(

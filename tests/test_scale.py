@@ -1,4 +1,4 @@
-"""ImageNet-LT's path from list and JPEGs to a summary, small: 30 classes, 64 pixels, ResNet-18, three views, bf16, two processes with workers of their own.
+"""ImageNet-LT's path from list and JPEGs to a summary, small: 30 classes, 32 pixels, ResNet-18, three views, bf16, two processes with workers of their own.
 
 One file of the training part is broken and skipped; the run is stopped in mid-epoch and goes on.
 """
@@ -17,7 +17,7 @@ from ranks import finish, start
 from test_resume import content
 
 COUNTS = [max(1, round(12 * 0.85**c)) for c in range(30)]
-SETTINGS = ["encoder=resnet18", "size=64", "batch_size=16", "dim=32", "hidden=64", "classes=30", "precision=bf16", "epochs=2"]
+SETTINGS = ["encoder=resnet18", "size=32", "batch_size=16", "dim=32", "hidden=64", "classes=30", "precision=bf16", "epochs=2"]
 
 def train(data, out, save_every, on_error="skip"):
     from acl_nb.cli import acl_train

@@ -94,6 +94,22 @@ if __name__ == "__main__": acl_train()
     steps = 130 * 4 // 5 // 16                                             # a fifth of the pictures is the test
     assert latest(tmp_path/"run"/"checkpoint").name.startswith(f"at_0_{steps}_") and rows(tmp_path/"run") == 0
 
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_nobody_stays_of_a_run_that_is_killed(photographs, tmp_path, method):
+    script = tmp_path/"mine.py"
+    script.write_text(f"""
+import multiprocessing
+from acl_nb.cli import acl_train
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    acl_train()
+""")
+    mine = recipe_file(tmp_path/"mine.json", photographs, epochs=500)
+    job = start(["--recipe", mine, "--out", "run", "--workers", 1, "--save_every", 0], tmp_path, script=script)
+    wait_for(lambda: latest(tmp_path/"run"/"checkpoint"), job)
+    job.kill()
+    job.communicate(timeout=60)                     # the output closes when nobody can write to it any more
+
 @pytest.mark.parametrize("whom", ["the group of torchrun", pytest.param("torchrun alone", marks=SLOW)])
 def test_two_ranks_with_workers_under_torchrun(photographs, tmp_path, whom):
     mine = recipe_file(tmp_path/"mine.json", photographs, epochs=500)

@@ -16,7 +16,7 @@ from acl_nb.studies.specs import find_study, load_results, recorded, study_cells
 from ranks import LIMIT, finish, start
 
 SPEC = {"question": "Which?", "recipe": "digits_lt", "seeds": [0, 1], "probe": 2, "seed_fields": ["seed", "subset_seed"],
-        "base": {"views": 2, "n_max": 20, "imbalance": 4, "dim": 8, "hidden": 8, "batch_size": 16, "epochs": 30},
+        "base": {"views": 2, "n_max": 20, "imbalance": 4, "dim": 8, "hidden": 8, "batch_size": 16, "epochs": 10},
         "grids": [{"arms": {"ce": {"loss": "ce"}, "scl": {"loss": "scl"}}}]}
 
 def written(folder, name="kept", **changes):

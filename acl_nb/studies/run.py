@@ -8,7 +8,6 @@ __all__ = ['run_result', 'train_cell', 'run_tasks', 'run_study', 'check_study', 
 # %% ../../nbs/810_studies.run.ipynb #57aa9326
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -21,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from multiprocessing import active_children, connection, forkserver, get_context, parent_process
+from multiprocessing import active_children, forkserver, get_context
 from pathlib import Path
 from statistics import mean
 
@@ -37,7 +36,7 @@ from ..commands import command
 from ..judging import Diverged
 from ..plugins import load_plugin
 from ..probes import Probe
-from ..processes import Interrupts, Stopped
+from ..processes import Interrupts, Stopped, end_with_parent
 from ..records import Run
 from ..report import percent
 from .specs import Cell, find_study, identity, known_studies, load_results
@@ -93,15 +92,11 @@ def train_cell(
     return {**result, "adjusted": _short(judge_afterwards(parts, cell.after))}
 
 # %% ../../nbs/810_studies.run.ipynb #d2c3128e
-def _end_with_parent():
-    connection.wait([parent_process().sentinel])
-    os._exit(1)
-
 def _begin():
     "What a worker does first."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 def _hire():
     "A pool of one process, forked from a server that has imported everything and computed nothing."
