@@ -1,9 +1,13 @@
 "Processes for the tests: forked from a server that has imported the package once, so that one starts in a moment."
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +45,23 @@ def finish(group):
     "The exit codes."
     for p in group: p.join(LIMIT)
     return [p.exitcode for p in group]
+
+def _as_main(script, words, cwd):
+    os.chdir(cwd)
+    sys.argv = [str(script), *words]
+    sys.path.insert(0, str(Path(script).parent))
+    sys.stdout, sys.stderr = (open(f"{os.environ['SAID']}.{name}", "w", encoding="utf-8") for name in ("out", "err"))
+    runpy.run_path(str(script), run_name="__main__")
+
+def program(script, *words, cwd, **env):
+    "A script as a program, without the seconds of its imports: exit code, output and errors."
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder)/"said"
+        process = SERVER.Process(target=_run, args=(_as_main, (script, list(map(str, words)), cwd), {"SAID": str(said), **env}, os.devnull))
+        process.start()
+        code, = finish([process])
+        out, err = (Path(f"{said}.{name}").read_text(encoding="utf-8") for name in ("out", "err"))
+    return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
 @contextmanager
 def without_batch_statistics():

@@ -1,9 +1,6 @@
 "Runs set beside each other by the command: what it prints, writes and refuses, and the page in a browser."
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -12,6 +9,7 @@ from acl_nb.recipes import recipe
 from acl_nb.records import write_json
 from acl_nb.trainer import fit
 from browsers import browser, needs_browser
+from ranks import program
 
 SMALL = dict(views=2, n_max=20, imbalance=4, dim=8, hidden=8, batch_size=16, epochs=2)
 
@@ -28,9 +26,7 @@ def compare(*arguments, cwd):
     "The command as a program."
     code = "from acl_nb.compare import acl_compare\nif __name__ == '__main__': acl_compare()\n"
     (cwd/"acl_compare").write_text(code)
-    path = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.run([sys.executable, "acl_compare", *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": path})
+    return program(cwd/"acl_compare", *arguments, cwd=cwd)
 
 def test_a_comparison_on_the_terminal_and_on_a_page(runs):
     r = compare("a", "scl", "seed1", "--out", "page.html", cwd=runs)

@@ -1,9 +1,7 @@
 "Probe, evaluation and doctor, in processes of their own: what they print, what they refuse, what they leave untouched."
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -23,7 +21,7 @@ from acl_nb.records import Run, append_row
 from acl_nb.report import write_report
 from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
-from ranks import finish, start
+from ranks import finish, program, start
 
 SMALL = dict(views=2, n_max=20, imbalance=4, dim=8, hidden=8, batch_size=16, epochs=2)
 
@@ -35,8 +33,7 @@ def script(command, folder):
     return str(path)
 
 def started(command, *args, cwd):
-    path = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.run([sys.executable, script(command, cwd), *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    return program(script(command, cwd), *args, cwd=cwd)
 
 class Witness:
     "Keeps what the objective was given in every step."

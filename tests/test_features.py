@@ -1,8 +1,6 @@
 "Features stored once: they are the encoder's own, a run on them is the run of a frozen encoder, and the heads go back."
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -21,6 +19,7 @@ from acl_nb.predict import Predictor, acl_predict
 from acl_nb.recipes import recipe
 from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
+from ranks import program
 
 ENCODER = recipe("digits_lt", encoder="resnet8_tiny", freeze="all", n_max=60, precision="fp32", epochs=2, seed=3)
 
@@ -209,8 +208,7 @@ def test_the_command_line_from_images_to_a_model(tmp_path):
     def started(command, *words):
         code = f"from acl_nb.{'features' if command == 'acl_features' else 'cli'} import {command}\n{command}()\n"
         (tmp_path/f"{command}.py").write_text(code)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        done = subprocess.run([sys.executable, f"{command}.py", *words], cwd=tmp_path, capture_output=True, text=True, env=env)
+        done = program(tmp_path/f"{command}.py", *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
     said = started("acl_features", "digits_lt", "--out", "f.safetensors", "--views", "3", "--set", "encoder=resnet8_tiny", "n_max=40")

@@ -1,9 +1,6 @@
 "A model in use: the command where nothing but a file is there, input of every kind, and what is refused."
 import json
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from acl_nb.predict import Adjustment, Predictor, acl_predict
 from acl_nb.recipes import recipe
 from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
+from ranks import program
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
 
@@ -45,10 +43,8 @@ def started(folder, *words, **env):
     "acl_predict in a process of its own, which knows neither this project's folder nor a home."
     script = "import sys; from acl_nb.predict import acl_predict; sys.argv[0] = 'acl_predict'; acl_predict()"
     (folder/"acl_predict.py").write_text(script)
-    paths = os.pathsep.join(p for p in sys.path if p)
-    environ = {**os.environ, "PYTHONPATH": paths, "HOME": str(folder/"home"), "HF_HUB_DISABLE_TELEMETRY": "1", **env}
-    command = [sys.executable, "acl_predict.py", *map(str, words)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environ)
+    there = {"HOME": str(folder/"home"), "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    return program(folder/"acl_predict.py", *words, cwd=folder, **there)
 
 def test_a_file_and_a_picture_are_enough(tmp_path, colours):
     (tmp_path/"model.safetensors").write_bytes((colours.path/"model.safetensors").read_bytes())

@@ -2,8 +2,6 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import zipfile
 
 import huggingface_hub
@@ -16,6 +14,7 @@ from acl_nb.settings import Recipe
 from acl_nb.share import FILES, acl_share, share_folder
 from acl_nb.trainer import fit
 from hub import TOKEN, serve
+from ranks import program
 
 SMALL = dict(views=2, n_max=20, imbalance=4, dim=8, hidden=8, batch_size=16, epochs=2)
 SECRETS = ("ada-4711", "photos-4711", "broken-4711")    # user, folder of the data, a file in it
@@ -89,11 +88,9 @@ def script(folder):
     return path
 
 def started(folder, *args, **env):
-    path = os.pathsep.join(p for p in sys.path if p)
-    environ = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(folder/"hf"),
-               "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    words = [sys.executable, script(folder), *map(str, args)]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environ | env)
+    there = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    there |= {"HF_HOME": str(folder/"hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    return program(script(folder), *args, cwd=folder, **there | env)
 
 @pytest.fixture
 def hub(monkeypatch):
