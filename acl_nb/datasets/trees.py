@@ -45,14 +45,14 @@ def subfolders(
     return [Path(path) for path in sorted(found)]
 
 # %% ../../nbs/130_datasets.trees.ipynb #c57eef55
-def _walk(top, others=()):
-    "(folder, names of its files) of every folder from `top` down, each once, and none of `others`."
+def _walk(top, taken=frozenset()):
+    "(folder, names of its files) of every folder from `top` down, each once; real paths in `taken` are left out."
     came_through = (top, *Path(top).absolute().parents)
-    entered = {os.path.realpath(folder) for folder in (*came_through, *others)}
+    entered = {os.path.realpath(folder) for folder in came_through}
 
     def _is_new(path):
         real = os.path.realpath(path)
-        new = real not in entered
+        new = real not in entered and real not in taken
         entered.add(real)
         return new
 
@@ -83,16 +83,16 @@ def count_images(
 # %% ../../nbs/130_datasets.trees.ipynb #0559d83e
 def _ending(name): return os.path.splitext(name)[1].lower() or "(no ending)"
 
-def _class_files(folder, root, others=()):
+def _class_files(folder, root, taken=frozenset()):
     "(paths of the images relative to `root`, sorted; endings of all other files)"
-    found = [(os.path.join(at, name), name) for at, files in _walk(folder, others) for name in files]
+    found = [(os.path.join(at, name), name) for at, files in _walk(folder, taken) for name in files]
     images = [os.path.relpath(path, root) for path, name in found if _is_image(name)]
     return sorted(images), [_ending(name) for _, name in found if not _is_image(name)]
 
-def _require_different(folders):
-    "Refuse two classes that are links to one folder."
-    real = [os.path.realpath(folder) for folder in folders]
-    twice = [folder.name for folder, path in zip(folders, real) if real.count(path) > 1]
+def _require_different(folders, real):
+    "Refuse two classes that are links to one folder; `real` are the folders' real paths."
+    times = Counter(real)
+    twice = [folder.name for folder, path in zip(folders, real) if times[path] > 1]
     rule = "each class must have a folder of its own"
     require(not twice, rule, f"{' and '.join(twice[:3])} for one")
 
@@ -111,10 +111,12 @@ def read_folder(
     require(top.is_dir(), f"{top} must be a folder with one folder of images per class", "no folder")
     folders = subfolders(top)
     require(folders, f"{top} must hold one folder of images per class", "no folder in it")
-    _require_different(folders)
+    real = [os.path.realpath(folder) for folder in folders]
+    _require_different(folders, real)
+    taken = frozenset(real)
     paths, labels, others = [], [], Counter()
     for label, folder in enumerate(folders):
-        images, left = _class_files(folder, root, folders)
+        images, left = _class_files(folder, root, taken)
         got = f"none, but {_told(Counter(left))}" if left else "none"
         require(images, f"{folder} must hold images ({' '.join(IMAGE_ENDINGS)})", got)
         paths += [os.fsencode(path.replace(os.sep, "/")) for path in images]
