@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from acl_nb.recipes import RECIPES
+from ranks import program
 
 TRAIN = str(Path(sys.executable).parent/"acl_train")
 QUICK = ["--epochs", "2", "--views", "2", "--set", "n_max=20", "imbalance=4", "dim=8", "hidden=8"]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
-def acl_train(*args, cwd): return subprocess.run([TRAIN, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def acl_train(*args, cwd): return program(TRAIN, *args, cwd=cwd)
 
 def in_process(args, monkeypatch, capsys):
     "(exit code, stderr) of the installed script, run in this process: a fresh one needs seconds to import torch."
@@ -131,7 +132,7 @@ def test_a_recipe_file_trains_and_its_run_can_be_repeated(tmp_path, monkeypatch,
     assert in_process(["digits_lt", "--recipe", "mine.json"], monkeypatch, capsys) == (2, "error: a recipe must be named or read from a file, not both; got digits_lt and mine.json\n")
 
 def test_a_fresh_process_ends_with_2_and_no_traceback(tmp_path):
-    r = acl_train("digts_lt", cwd=tmp_path)
+    r = subprocess.run([TRAIN, "digts_lt"], cwd=tmp_path, capture_output=True, text=True)
     assert (r.returncode, r.stderr, r.stdout) == (2, "error: unknown recipe 'digts_lt': did you mean digits_lt or glyphs_lt or emoji_lt?\n", "")
 
 def test_labels_beyond_the_classes(tmp_path):

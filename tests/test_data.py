@@ -25,6 +25,7 @@ from acl_nb.checks import BadInput
 from acl_nb.datasets import decoders
 from acl_nb.datasets.files import ImageFiles, check_files, imagenet_lt, read_image
 from acl_nb.datasets.lists import BENCHMARKS, fetch_lists, git_blob_id, read_folder
+from ranks import program
 
 LISTS = {"train": b"train/a/1.jpg 0\ntrain/b/2.jpg 1\ntrain/a/3.jpg 0\n", "val": b"train/a/4.jpg 0\ntrain/b/5.jpg 1\n", "test": b"val/a/6.jpg 0\nval/b/7.jpg 1\n"}
 
@@ -176,7 +177,7 @@ def test_a_killed_pack_goes_on(tiny, tmp_path):
                  "packed.PER_FILE = 2", *changes,
                  f"packed.pack_images('imagenet_lt', 'data', {out!r}, packed.PackSettings(64), workers=1)"]
         (tmp_path/"go.py").write_text("\n".join(lines))
-        return subprocess.run([sys.executable, "go.py"], cwd=tmp_path, capture_output=True, text=True).returncode
+        return program(tmp_path/"go.py", cwd=tmp_path).returncode
     dies = ["really, done = packed.packed_image, []",
             "def dying(*a):",
             "    done.append(1)",

@@ -3,8 +3,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from acl_nb.recipes import read_recipe, recipe, recipe_from
 from acl_nb.records import Run
 from acl_nb.settings import Recipe
 from acl_nb.trainer import fit
+from ranks import program
 
 def picture(k, size=(12, 10)):
     "A small picture, told by `k`."
@@ -47,11 +46,10 @@ SMALL = dict(size=8, encoder="resnet8_tiny", policy="plain", batch_size=64, epoc
 
 def train(args, cwd, **more):
     "The command, in a process of its own."
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]), "OMP_NUM_THREADS": "1", **more}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder)/"acl_train"
         script.write_text("from acl_nb.cli import acl_train\nif __name__ == '__main__': acl_train()\n")
-        return subprocess.run([sys.executable, script, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+        return program(script, *args, cwd=cwd, **more)
 
 def settings(**more): return [arg for field, value in (SMALL | more).items() for arg in ("--set", f"{field}={value}")]
 
