@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from acl_nb.studies.tables import after_rows, axis_table, estimate, paired, provenance, results_table, select, study_rows
@@ -63,9 +64,12 @@ def test_readme_shows_the_recorded_numbers():
             values = [r[key] for name, r in runs.items() if name.split("/")[0] == loss]
             assert f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values) / len(values)**.5:.1f}" in "".join(l for l in readme.splitlines() if l.startswith(f"| {loss} |"))
     shown = (ROOT/"nbs/images/results.svg").read_text(encoding="utf-8")
-    for name, at, a, b in (("fashion_full", {}, "acl", "la"), ("fashion_peers", {"imbalance": 100}, "acl", "la"), ("fashion_peers", {"imbalance": 100}, "la", "ce")):
-        d = paired(select(study_rows(ROOT/f"nbs/studies/{name}.json"), **at), {"arm": a}, {"arm": b})
-        assert f">{100 * d.mean:+.1f}, n = {d.n}<" in shown, (name, a, b)
+    def rows(name, **at): return select(study_rows(ROOT/f"nbs/studies/{name}.json"), **at)
+    full, peers = rows("fashion_full"), rows("fashion_peers", imbalance=100)
+    ten = pd.concat([full, rows("fashion_again", imbalance=100, views=2)])
+    for part, a, b in ((ten, "acl", "la"), (ten, "acl", "scl"), (full, "la", "ce"), (peers, "acl", "la"), (peers, "la", "ce")):
+        d = paired(part, {"arm": a}, {"arm": b})
+        assert f">{100 * d.mean:+.1f}, n = {d.n}<" in shown, (a, b)
 
 STUDIES = ROOT/"nbs/studies"
 BOTH = ("top1_by_means", "few_by_means", "top1", "few", "conflict_rate")        # of what is read out by centres
@@ -95,6 +99,7 @@ TABLES = {      # what each study's notebook shows of its results
     "fashion_ablation": lambda rows: [results_table(select(rows, readout=readout), values, ("aligned", "centers", "negatives")) for readout, values in (("centers", BOTH), ("classifier", ("top1", "few", "conflict_rate")))],
     "fashion_conflict": lambda rows: [results_table(rows.assign(accuracy=rows.top1_by_means.where(rows.readout == "centers", rows.top1)), ("accuracy", "conflict_rate"), ("readout", "temperature", "views", "arm"))],
     "fashion_full": lambda rows: [results_table(rows, ("top1", "many", "medium"))],
+    "fashion_again": lambda rows: [axis_table(rows.assign(setting=[f"imbalance {i}, {v} views" for i, v in zip(rows.imbalance, rows.views)]), "setting")],
     "fashion_factors": lambda rows: [f"| {estimate(select(rows, arm='la', **at))} | {estimate(select(rows, arm='acl', **at))} |" for at in (dict(views=2), dict(views=4), dict(epochs=20), dict(policy="fashion_strong"), dict(scale=10), dict(scale=30))],
     "glyphs": lambda rows: [results_table(select(rows, readout="centers"), BOTH), results_table(select(rows, readout="classifier"))],
     "after_the_fact": after_tables, "pretrained": pretrained_tables,
